@@ -1,0 +1,531 @@
+"""FineTuneJob: what a person asks for, and what status answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tuneward_api.base import Int, Model, Quantity, Rule, Ruled, Transition
+from tuneward_api.conditions import Condition, Phase
+from tuneward_api.names import MAX_JOB_NAME, fits_name
+from tuneward_api.uris import DataUri, ModelUri
+
+Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
+SubdomainName = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
+
+
+class SecretRef(Model):
+    """A Secret of the job's namespace."""
+
+    name: SubdomainName = Field(description="Name of the Secret. It reaches the prepare pod only.")
+
+
+class ModelSource(Model):
+    """The base model."""
+
+    uri: ModelUri = Field(
+        description="Where the base model is: hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH "
+        "(a folder with config.json and safetensors)."
+    )
+    secret_ref: SecretRef | None = Field(None, description="Secret with the key `token` for a gated hub model.")
+
+
+TARGET_RULE = Rule(
+    cel="self.all(m, m.matches(r'^[A-Za-z0-9_.]+$'))",
+    message="each entry must be the name of a Linear layer such as q_proj",
+    check=lambda value: all(m and all(c.isalnum() or c in "_." for c in m) for m in value),
+)
+
+
+class Method(Model):
+    """How the model is adapted."""
+
+    type: Literal["LoRA"] | None = Field(None, description="LoRA (default).")
+    rank: Int | None = Field(None, ge=1, le=512, description="Rank of the update. Default: 16.")
+    alpha: float | None = Field(
+        None, gt=0, le=4096, description="Scale of the update; it is multiplied by alpha/rank. Default: 32."
+    )
+    dropout: float | None = Field(
+        None, ge=0, lt=1, description="Dropout before the adapter. Default: 0, which is also the fastest."
+    )
+    rs_lora: bool | None = Field(
+        None,
+        alias="rsLoRA",
+        description="Multiply by alpha/sqrt(rank) instead (rank-stabilised). Default: false.",
+    )
+    target_modules: Annotated[list[Annotated[str, Field(min_length=1, max_length=128)]], Ruled(TARGET_RULE)] | None = Field(
+        None,
+        min_length=1,
+        max_length=32,
+        description="Names of Linear layers to adapt. Default: every Linear of the decoder; never router, head or vision.",
+    )
+
+
+class Dataset(Model):
+    """One source of samples."""
+
+    uri: DataUri = Field(
+        description="Where the file is: configmap://NAME/KEY or pvc://CLAIM/PATH; .jsonl or .jsonl.gz. "
+        "A folder stands for all such files in it, in the order of their names."
+    )
+    format: Literal["Messages", "PromptCompletion", "Text"] | None = Field(
+        None, description="Messages, PromptCompletion or Text. Default: told from the first sample."
+    )
+    weight: Int | None = Field(None, ge=1, le=1000, description="Copies of this source in an epoch. Default: 1.")
+
+
+class Datasets(Model):
+    """What is learnt from, and what the result is measured on."""
+
+    training: list[Dataset] = Field(min_length=1, max_length=64, description="Sources of training samples.")
+    validation: list[Dataset] | None = Field(
+        None, min_length=1, max_length=64, description="Sources of held-out samples. Default: none."
+    )
+    validation_fraction: float | None = Field(
+        None, gt=0, le=0.5, description="Share of the training samples to hold out instead. Default: 0."
+    )
+    on_too_long: Literal["Error", "Truncate", "Skip"] | None = Field(
+        None,
+        description="What happens to a sample longer than sequenceLength: Error (default) refuses the data, "
+        "Truncate cuts its end, Skip leaves it out.",
+    )
+    loss_on: Literal["Assistant", "LastAssistant", "All"] | None = Field(
+        None,
+        description="Which tokens are learnt: Assistant (default), every assistant turn whose weight is not 0; "
+        "LastAssistant, the last one; All, every token. Text samples are always learnt whole.",
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!(has(self.validation) && has(self.validationFraction))",
+            message="set validation or validationFraction, not both",
+            check=lambda s: s.validation is None or s.validation_fraction is None,
+        ),
+    )
+
+
+class Hyperparameters(Model):
+    """Numbers of the optimisation. Each default is chosen by prepare and shown in status.resolved."""
+
+    epochs: Int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="Passes over the data. Default: 3 below 20,000 samples, 1 above 100,000, else 2.",
+    )
+    steps: Int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Peak learning rate of AdamW. Default: 4e-4 up to 4B parameters, 2e-4 above, 1e-4 from 65B.",
+    )
+    scheduler: Literal["Cosine", "Linear", "Constant"] | None = Field(
+        None, description="After warm-up: Cosine (default) or Linear down to a tenth, or Constant."
+    )
+    warmup_fraction: float | None = Field(None, ge=0, lt=1, description="Share of the steps that warm up. Default: 0.05.")
+    weight_decay: float | None = Field(None, ge=0, le=1, description="AdamW's weight decay. Default: 0.")
+    max_grad_norm: float | None = Field(None, gt=0, le=1000, description="Gradients are clipped to this norm. Default: 1.")
+    sequence_length: Int | None = Field(
+        None,
+        ge=16,
+        le=1_048_576,
+        description="Longest sample in tokens, and length of a packed row. "
+        "Default: the longest sample, at most 4,096 and what the model allows.",
+    )
+    batch_tokens: Int | None = Field(
+        None,
+        ge=16,
+        le=16_777_216,
+        description="Tokens an optimizer step, over all workers: the same result on 1 or 8. "
+        "Default: the power of two nearest (epochs x tokens)/200, between 4,096 and 131,072, but no more than a fifth "
+        "of all tokens.",
+    )
+    seed: Int | None = Field(
+        None, ge=0, le=4_294_967_295, description="Seed of order, initialisation and dropout. Default: 0."
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!(has(self.epochs) && has(self.steps))",
+            message="set epochs or steps, not both",
+            check=lambda s: s.epochs is None or s.steps is None,
+        ),
+    )
+
+
+GPU_KEY_RULE = Rule(
+    cel="self.all(k, !k.contains('/') && !k.contains('gpu'))",
+    message="only cpu, memory and ephemeral-storage belong here; ask for GPUs with workers.gpusPerWorker",
+    check=lambda value: all("/" not in key and "gpu" not in key for key in value),
+)
+ResourceList = Annotated[dict[Annotated[str, Field(max_length=63)], Quantity], Field(max_length=8), Ruled(GPU_KEY_RULE)]
+
+
+class Resources(Model):
+    """Requests and limits of a container."""
+
+    requests: ResourceList | None = Field(None, description="What the scheduler sets aside.")
+    limits: ResourceList | None = Field(None, description="What the container may use at most.")
+
+
+class Toleration(Model):
+    """A toleration as in a pod."""
+
+    key: str | None = Field(None, max_length=253, description="Taint key; empty with Exists matches all.")
+    operator: Literal["Exists", "Equal"] | None = Field(None, description="Exists or Equal (default).")
+    value: str | None = Field(None, max_length=63, description="Taint value for Equal.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Taint effect; absent matches all."
+    )
+    toleration_seconds: Int | None = Field(None, ge=0, le=31_536_000, description="How long NoExecute is tolerated.")
+
+
+LabelValue = Annotated[str, Field(max_length=63)]
+NodeSelector = Annotated[dict[Annotated[str, Field(max_length=253)], LabelValue], Field(max_length=16)]
+
+
+class Workers(Model):
+    """The gang: pods that train together."""
+
+    replicas: Int | None = Field(None, ge=1, le=256, description="Pods that train together. Default: 1.")
+    gpus_per_worker: Int | None = Field(None, ge=0, le=64, description="GPUs of each pod; 0 trains on CPUs. Default: 1.")
+    resources: Resources | None = Field(None, description="CPU and memory of each pod. Default: 2 CPUs, 4Gi requested.")
+    node_selector: NodeSelector | None = Field(None, description="Labels that a worker's node must have.")
+    tolerations: list[Toleration] | None = Field(None, max_length=32, description="Taints that workers bear.")
+
+
+class Checkpoint(Model):
+    """How often the state is saved; a killed job goes on from the newest complete one."""
+
+    every_steps: Int | None = Field(None, ge=1, le=1_000_000, description="Steps between two checkpoints.")
+    every_seconds: Int | None = Field(
+        None,
+        ge=1,
+        le=86_400,
+        description="Seconds between two checkpoints. Default: 300, when everySteps is absent.",
+    )
+    keep: Int | None = Field(None, ge=1, le=100, description="Checkpoints that stay. Default: 2.")
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!(has(self.everySteps) && has(self.everySeconds))",
+            message="set everySteps or everySeconds, not both",
+            check=lambda s: s.every_steps is None or s.every_seconds is None,
+        ),
+    )
+
+
+class Gate(Model):
+    """What the result must reach to become a model. Needs validation samples."""
+
+    max_loss: float | None = Field(None, gt=0, le=100, description="Highest validation loss (nats a token) that passes.")
+    min_improvement: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Least share by which the validation loss must fall below the base model's.",
+    )
+
+
+class Evaluation(Model):
+    """How the result is measured on validation samples."""
+
+    every_steps: Int | None = Field(
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Steps between two evaluations. Default: before and after training only.",
+    )
+    gate: Gate | None = Field(None, description="What the result must reach. Default: nothing.")
+
+
+class Store(Model):
+    """The volume that holds models, data and results."""
+
+    claim_name: SubdomainName | None = Field(
+        None,
+        description="PersistentVolumeClaim of the namespace. Default: tuneward-store, made when it is absent.",
+    )
+
+
+class Register(Model):
+    """How the finished model is called."""
+
+    name: Name | None = Field(None, description="First part of the FineTunedModel's name. Default: the job's name.")
+    suffix: Annotated[str, Field(max_length=40, pattern=r"^[a-zA-Z0-9]([-_.a-zA-Z0-9]*[a-zA-Z0-9])?$")] | None = Field(
+        None, description="Middle part of the name that clients ask for. Default: the job's name."
+    )
+
+
+class Serve(Model):
+    """Where the finished model is served."""
+
+    server: Name = Field(description="Name of a ModelServer of this namespace.")
+
+
+class Retries(Model):
+    """How often an attempt is made again, for each class of failure."""
+
+    infrastructure: Int | None = Field(None, ge=0, le=1000, description="Killed pods, lost nodes. Default: 10.")
+    preempted: Int | None = Field(None, ge=0, le=10_000, description="Evictions and preemptions. Default: 1000.")
+    out_of_memory: Int | None = Field(None, ge=0, le=100, description="Killed for memory. Default: 1.")
+    numerical_divergence: Int | None = Field(None, ge=0, le=100, description="Loss no longer finite. Default: 1.")
+    hang: Int | None = Field(None, ge=0, le=100, description="No step for too long. Default: 3.")
+    user_code: Int | None = Field(None, ge=0, le=100, description="An exception of the training code. Default: 1.")
+    unknown: Int | None = Field(None, ge=0, le=100, description="Anything else. Default: 3.")
+
+
+class RunPolicy(Model):
+    """How long and how often."""
+
+    retries: Retries | None = Field(None, description="Retry budgets.")
+    start_timeout_seconds: Int | None = Field(
+        None,
+        ge=10,
+        le=604_800,
+        description="Longest time from admission to a gang that runs; then it is taken down and tried again. Default: 1800.",
+    )
+    active_deadline_seconds: Int | None = Field(
+        None, ge=1, le=31_536_000, description="Longest time from acceptance to the end. Default: none."
+    )
+    ttl_seconds_after_finished: Int | None = Field(
+        None,
+        ge=0,
+        le=31_536_000,
+        description="When pods and Jobs of a finished job are removed; the FineTuneJob itself stays. Default: 86400.",
+    )
+
+
+SUFFIX = "; make a new FineTuneJob under another name, or delete this one first"
+
+
+def _fixed(field: str) -> Transition:
+    return Transition(
+        cel=f"has(self.{field}) == has(oldSelf.{field}) && (!has(self.{field}) || self.{field} == oldSelf.{field})",
+        message=f"{field} cannot be changed after creation{SUFFIX}",
+    )
+
+
+class FineTuneJobSpec(Model):
+    """What to train, on what, how, and where. After creation only suspend, cancel, runPolicy and serve may change."""
+
+    model: ModelSource = Field(description="The base model.")
+    datasets: Datasets = Field(description="Training and validation data.")
+    method: Method | None = Field(None, description="How the model is adapted. Default: LoRA of rank 16.")
+    hyperparameters: Hyperparameters | None = Field(None, description="Numbers of the optimisation.")
+    workers: Workers | None = Field(None, description="The pods that train. Default: one pod with one GPU.")
+    checkpoint: Checkpoint | None = Field(None, description="How often the state is saved.")
+    evaluation: Evaluation | None = Field(None, description="How the result is measured.")
+    store: Store | None = Field(None, description="The volume that holds models, data and results.")
+    register_: Register | None = Field(None, alias="register", description="How the finished model is called.")
+    serve: Serve | None = Field(None, description="Where the finished model is served. Default: nowhere.")
+    suspend: bool | None = Field(
+        None,
+        description="true saves a checkpoint and frees the workers; false goes on from there. Default: false.",
+    )
+    cancel: bool | None = Field(None, description="true ends the job for good. Default: false.")
+    run_policy: RunPolicy | None = Field(None, description="How long and how often.")
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.evaluation) || !has(self.evaluation.gate) || has(self.datasets.validation)"
+            " || has(self.datasets.validationFraction)",
+            message="evaluation.gate needs datasets.validation or datasets.validationFraction",
+            check=lambda s: (
+                s.evaluation is None
+                or s.evaluation.gate is None
+                or s.datasets.validation is not None
+                or s.datasets.validation_fraction is not None
+            ),
+        ),
+    )
+    TRANSITIONS: ClassVar[tuple[Transition, ...]] = (
+        *(
+            _fixed(field)
+            for field in (
+                "model",
+                "datasets",
+                "method",
+                "hyperparameters",
+                "workers",
+                "checkpoint",
+                "evaluation",
+                "store",
+                "register",
+            )
+        ),
+        Transition(
+            cel="!(has(oldSelf.cancel) && oldSelf.cancel) || (has(self.cancel) && self.cancel)",
+            message=f"cancel is one way: a cancelled job stays cancelled{SUFFIX}",
+        ),
+    )
+
+
+class ResolvedBase(Model):
+    """The base model that is trained from, pinned."""
+
+    uri: str = Field(max_length=512, description="Address with the revision that was found.")
+    key: str = Field(max_length=128, description="Its folder's key in the store.")
+    digest: str = Field(max_length=80, description="sha256 over the sorted (path, size, sha256) of its files.")
+    architecture: str = Field(max_length=128, description="Model class.")
+    parameters: Int = Field(description="Number of parameters.", ge=0)
+
+
+class ResolvedData(Model):
+    """What prepare made of the data."""
+
+    digest: str = Field(max_length=80, description="Digest of the tokenized samples.")
+    samples: Int = Field(description="Training samples.", ge=0)
+    tokens: Int = Field(description="Training tokens of one epoch.", ge=0)
+    target_tokens: Int = Field(description="Those that are learnt.", ge=0)
+    validation_samples: Int = Field(0, description="Held-out samples.", ge=0)
+
+
+class ResolvedPacking(Model):
+    """Whether several samples share a row, as the check against the plain model decided."""
+
+    mode: Literal["Packed", "OneDocument"] = Field(description="Packed, or OneDocument a forward pass.")
+    reason: str = Field(max_length=512, description="Why.")
+    patches: list[Annotated[str, Field(max_length=64)]] = Field(
+        default_factory=list, max_length=16, description="Patches that agreed with the plain model."
+    )
+
+
+class ResolvedMethod(Model):
+    """The method with every default chosen."""
+
+    type: Literal["LoRA"] = Field(description="Kind of adapter.")
+    rank: Int = Field(description="Rank.")
+    alpha: float = Field(description="Scale.")
+    dropout: float = Field(description="Dropout.")
+    rs_lora: bool = Field(alias="rsLoRA", description="Rank-stabilised scale.")
+    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(max_length=64, description="Adapted layers.")
+    trainable_parameters: Int = Field(description="Number of parameters that are trained.", ge=0)
+
+
+class ResolvedHyperparameters(Model):
+    """The numbers with every default chosen."""
+
+    epochs: float = Field(description="Passes over the data.")
+    steps: Int = Field(description="Optimizer steps.")
+    learning_rate: float = Field(description="Peak learning rate.")
+    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(description="Schedule after warm-up.")
+    warmup_fraction: float = Field(description="Share of the steps that warm up.")
+    weight_decay: float = Field(description="Weight decay.")
+    max_grad_norm: float = Field(description="Gradient clip.")
+    sequence_length: Int = Field(description="Longest sample and row, in tokens.")
+    batch_tokens: Int = Field(description="Tokens an optimizer step.")
+    seed: Int = Field(description="Seed.")
+
+
+class Resolved(Model):
+    """Every default chosen and every moving part pinned; copied once from the plan."""
+
+    base: ResolvedBase = Field(description="The base model, pinned.")
+    data: ResolvedData = Field(description="The data.")
+    method: ResolvedMethod = Field(description="The method.")
+    hyperparameters: ResolvedHyperparameters = Field(description="The numbers.")
+    bins_per_micro_batch: Int = Field(description="Packed rows a forward pass.")
+    packing: ResolvedPacking = Field(description="Whether samples share a row.")
+    images: dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=512)]] = Field(
+        max_length=8, description="Images that the job runs."
+    )
+
+
+class ProgressStatus(Model):
+    """How far the training is, seen from the leader."""
+
+    step: Int = Field(ge=0, description="Optimizer steps done.")
+    steps: Int = Field(ge=0, description="Optimizer steps in all.")
+    percent: Int = Field(ge=0, le=100, description="Share done.")
+    summary: str = Field(max_length=64, description="step/steps, for the column.")
+    epoch: float | None = Field(None, description="Passes over the data done.")
+    train_loss: float | None = Field(None, description="Training loss of the last step, nats a token.")
+    loss: str | None = Field(None, max_length=16, description="trainLoss with three digits, for the column.")
+    validation_loss: float | None = Field(None, description="Last validation loss, nats a token.")
+    tokens_per_second: float | None = Field(None, description="Tokens a second over all workers.")
+    eta_seconds: Int | None = Field(None, ge=0, description="Seconds to the last step.")
+    eta: str | None = Field(None, max_length=16, description="etaSeconds in words, for the column.")
+    observed_at: str = Field(description="When this was read.", json_schema_extra={"format": "date-time"})
+
+
+class CheckpointStatus(Model):
+    """The newest complete checkpoint."""
+
+    step: Int = Field(ge=0, description="Step it was taken at.")
+    digest: str | None = Field(None, max_length=80, description="Digest of its manifest.")
+    saved_at: str | None = Field(None, description="When.", json_schema_extra={"format": "date-time"})
+
+
+class AttemptStatus(Model):
+    """One life of a gang."""
+
+    number: Int = Field(ge=1, description="Number, taken in the run directory.")
+    launch: Int = Field(ge=1, description="Number of the Job object it ran in.")
+    pod_uid: str = Field(alias="podUID", max_length=64, description="UID of its leader's pod.")
+    node: str | None = Field(None, max_length=253, description="Node of its leader.")
+    started_at: str | None = Field(None, description="When.", json_schema_extra={"format": "date-time"})
+    from_step: Int | None = Field(None, ge=0, description="Step it went on from.")
+    last_step: Int | None = Field(None, ge=0, description="Last step that was seen.")
+    lost_steps: Int | None = Field(None, ge=0, description="Steps after the last checkpoint, done again by the next.")
+    resume: str | None = Field(None, max_length=256, description="exact, or equivalent and why.")
+    cause: str | None = Field(None, max_length=512, description="Why it ended; absent while it runs.")
+
+
+class ModelStatus(Model):
+    """The model that the job ended in."""
+
+    name: str = Field(max_length=253, description="Name of the FineTunedModel.")
+    served_name: str = Field(max_length=253, description="Name that clients ask for.")
+    digest: str = Field(max_length=80, description="Digest of the adapter.")
+    validation_loss_before: float | None = Field(None, description="Base model's validation loss.")
+    validation_loss_after: float | None = Field(None, description="Its own validation loss.")
+
+
+RetriesSpent = Annotated[dict[Annotated[str, Field(max_length=63)], Int], Field(max_length=16)]
+
+
+class FineTuneJobStatus(Model):
+    """Written by the operator alone."""
+
+    phase: Phase | None = Field(None, strict=False, description="Where the job is.")
+    message: str | None = Field(None, max_length=1024, description="What happened and, if anything, what to do.")
+    conditions: list[Condition] | None = Field(
+        None,
+        max_length=16,
+        description="Conditions; Finished is true on every end.",
+        json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
+    )
+    observed_generation: Int | None = Field(None, ge=0, description="Generation that this status is about.")
+    queue: str | None = Field(None, max_length=253, description="Kueue's queue, if one is asked for.")
+    accepted_at: str | None = Field(None, description="When work began.", json_schema_extra={"format": "date-time"})
+    finished_at: str | None = Field(None, description="When it ended.", json_schema_extra={"format": "date-time"})
+    launches: Int | None = Field(None, ge=0, description="Attempt Jobs that have ended; the next is <job>-a<launches+1>.")
+    retries: RetriesSpent | None = Field(None, description="Retries spent, by class of failure.")
+    resolved: Resolved | None = Field(None, description="Every default chosen and every moving part pinned.")
+    progress: ProgressStatus | None = Field(None, description="How far the training is.")
+    checkpoint: CheckpointStatus | None = Field(None, description="The newest complete checkpoint.")
+    attempts: list[AttemptStatus] | None = Field(None, max_length=10, description="The newest ten attempts.")
+    attempt_count: Int | None = Field(None, ge=0, description="Attempts in all.")
+    model: ModelStatus | None = Field(None, description="The model that the job ended in.")
+
+
+class FineTuneJob(Model):
+    """Fine-tunes a language model and ends in a model that answers, or in one sentence that says what to change."""
+
+    api_version: Literal["tuneward.dev/v1alpha1"]
+    kind: Literal["FineTuneJob"]
+    metadata: dict[str, Any]
+    spec: FineTuneJobSpec = Field(description="What is asked for.")
+    status: FineTuneJobStatus | None = Field(None, description="What has become of it.")
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel=f"size(self.metadata.name) <= {MAX_JOB_NAME} && self.metadata.name.matches(r'^[a-z]([-a-z0-9]*[a-z0-9])?$')",
+            message=f"metadata.name must have at most {MAX_JOB_NAME} characters of a-z, 0-9 and -, "
+            "begin with a letter and end with a letter or digit (pods and a Service are named after it)",
+            check=lambda s: fits_name(str(s.metadata.get("name", "")), MAX_JOB_NAME),
+        ),
+    )
