@@ -37,6 +37,9 @@ REASON_CLASS: dict[Reason, FailureClass] = {
 }
 
 
+_REASONS: dict[str | None, Reason] = {str(reason): reason for reason in Reason}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """What ended a process, in the words of status."""
@@ -49,8 +52,8 @@ class Failure:
 def classify(*, exit_code: int | None, reason: str | None = None, message: str | None = None) -> Failure:
     """`exit_code` as the kubelet or `waitpid` gives it (137 and -9 are both SIGKILL; None: the pod vanished),
     `reason` as the process reported it or as the kubelet says it (OOMKilled, Evicted, DeadlineExceeded)."""
-    if reason in Reason:
-        known = Reason(reason)
+    if reason in _REASONS:
+        known = _REASONS[reason]
         if known in REASON_CLASS:
             return Failure(
                 failure_class=REASON_CLASS[known],
