@@ -80,12 +80,10 @@ def _in_document(value: Any, loc: Iterable[str | int]) -> Path:
     """pydantic's location without the parts that name a branch of a union."""
     path: list[str | int] = []
     for part in loc:
-        if (isinstance(value, dict) and part in value) or (
-            isinstance(value, list) and isinstance(part, int) and part < len(value)
-        ):
-            value = value[part]
-        elif isinstance(value, dict):
-            value = None
+        if isinstance(value, dict):
+            value = value.get(part)
+        elif isinstance(value, list) and isinstance(part, int):
+            value = value[part] if part < len(value) else None
         else:
             continue
         path.append(part)
