@@ -1,0 +1,145 @@
+// Package server runs a cluster in the foreground: the control plane, then the node, until a signal.
+package server
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/klog/v2"
+
+	"tuneward.dev/local/internal/cli"
+	"tuneward.dev/local/internal/controlplane"
+	"tuneward.dev/local/internal/layout"
+	"tuneward.dev/local/internal/pki"
+)
+
+// nodeName is the one node's name.
+const nodeName = "local"
+
+// Run serves until SIGTERM or SIGINT and then ends the process. way is "" without a node.
+func Run(options cli.UpOptions, dir layout.Dir, way string) error {
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
+	defer stop()
+	lock, err := dir.Lock()
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	_ = os.Remove(dir.Ready())
+	raiseFileLimit()
+	// etcd's socket is named relative to it.
+	if err := os.Chdir(string(dir)); err != nil {
+		return err
+	}
+	addresses, err := dir.Addresses()
+	if err != nil {
+		return err
+	}
+	defer addresses.Release()
+	if err := writeKeys(dir, addresses.State); err != nil {
+		return err
+	}
+	terminal, err := redirectOutput(dir.Log())
+	if err != nil {
+		return fmt.Errorf("cannot write the log %s: %w", dir.Log(), err)
+	}
+	return serve(ctx, options, dir, addresses.State, way, terminal)
+}
+
+func writeKeys(dir layout.Dir, addresses layout.State) error {
+	keys := pki.Dir(dir.PKI())
+	if err := pki.Ensure(keys, addresses.ServiceIP(), nodeName); err != nil {
+		return err
+	}
+	server := apiURL(addresses)
+	if err := pki.WriteKubeconfig(keys, "kubelet", server, keys.Path("kubelet.kubeconfig")); err != nil {
+		return err
+	}
+	return pki.WriteKubeconfig(keys, "admin", server, dir.Kubeconfig())
+}
+
+func apiURL(addresses layout.State) string {
+	return fmt.Sprintf("https://127.0.0.1:%d", addresses.APIPort)
+}
+
+func serve(ctx context.Context, options cli.UpOptions, dir layout.Dir, addresses layout.State, way string, terminal *os.File) error {
+	started := time.Now()
+	plane, err := controlplane.Start(ctx, controlplane.Config{Dir: dir, Addresses: addresses, NoFsync: options.NoFsync})
+	if err != nil {
+		return logged(err, dir)
+	}
+	if err := awaitDefaultAccount(ctx, plane.Client); err != nil {
+		return logged(err, dir)
+	}
+	info := layout.ReadyInfo{
+		PID: os.Getpid(), APIURL: apiURL(addresses), StartedAt: started.UTC().Format(time.RFC3339),
+		Way: way, Version: layout.Version,
+	}
+	if err := dir.WriteReady(info); err != nil {
+		return err
+	}
+	fmt.Fprintln(terminal, cli.ReadyLine(dir.Kubeconfig()))
+	klog.InfoS("The cluster is usable", "seconds", time.Since(started).Seconds())
+
+	select {
+	case <-ctx.Done():
+		err = nil
+	case err = <-plane.Failed:
+	}
+	_ = os.Remove(dir.Ready())
+	endWithin(3500 * time.Millisecond)
+	plane.Stop()
+	if err != nil {
+		return logged(err, dir)
+	}
+	return nil
+}
+
+// endWithin is for a component that does not let go: a restart finds everything it needs in etcd.
+func endWithin(limit time.Duration) {
+	time.AfterFunc(limit, func() { os.Exit(0) })
+}
+
+func logged(err error, dir layout.Dir) error {
+	klog.ErrorS(err, "The cluster ends")
+	return fmt.Errorf("%w; the components' log is %s", err, dir.Log())
+}
+
+// awaitDefaultAccount waits for what the first pod needs, the controllers' first work.
+func awaitDefaultAccount(ctx context.Context, client kubernetes.Interface) error {
+	return poll(ctx, "the ServiceAccount default", func() error {
+		_, err := client.CoreV1().ServiceAccounts("default").Get(ctx, "default", metav1.GetOptions{})
+		return err
+	})
+}
+
+func poll(ctx context.Context, what string, check func() error) error {
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		err := check()
+		if err == nil {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("stopped before %s was there: %w", what, err)
+		case <-tick.C:
+		}
+	}
+}
+
+// raiseFileLimit takes what the machine allows: etcd, watches and pods' logs are open files.
+func raiseFileLimit() {
+	var limit syscall.Rlimit
+	if syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit) == nil {
+		limit.Cur = limit.Max
+		_ = syscall.Setrlimit(syscall.RLIMIT_NOFILE, &limit)
+	}
+}
