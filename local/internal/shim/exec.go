@@ -1,0 +1,93 @@
+package shim
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// requestFD is where `tuneward-shim exec` reads its request: an environment may be larger than an
+// argument is allowed to be.
+const requestFD = 3
+
+// NotFoundCode is what a shell exits with when there is no such command.
+const NotFoundCode = 127
+
+// ExecRequest asks to run a command inside a running container.
+type ExecRequest struct {
+	Init       Process  `json:"init"` // the container's first process
+	Args       []string `json:"args"`
+	Env        []string `json:"env"`
+	Cwd        string   `json:"cwd"`
+	User       bool     `json:"user"` // the container has a user namespace of its own
+	NoNewPrivs bool     `json:"noNewPrivs"`
+	Terminal   bool     `json:"terminal"`
+}
+
+// Exec runs a command in a container with the caller's descriptors 0 to 2 and returns its exit code. The
+// caller must be on the main thread, locked to it, as for Run.
+func Exec() int {
+	unix.CloseOnExec(requestFD)
+	request := &ExecRequest{}
+	if err := json.NewDecoder(os.NewFile(requestFD, "request")).Decode(request); err != nil {
+		fmt.Fprintln(os.Stderr, "reading the request:", err)
+		return NotFoundCode
+	}
+	pid, err := startIn(request)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return NotFoundCode
+	}
+	return waitCode(pid)
+}
+
+func startIn(request *ExecRequest) (int, error) {
+	pidfd, err := request.Init.Open()
+	if errors.Is(err, ErrGone) {
+		return 0, errors.New("the container is not running")
+	}
+	if err != nil {
+		return 0, err
+	}
+	defer unix.Close(pidfd)
+	flags := unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC
+	if request.User {
+		flags |= unix.CLONE_NEWUSER
+	}
+	if request.Terminal {
+		signal.Ignore(syscall.SIGHUP)
+	}
+	pid, err := Join{
+		PIDFD: pidfd, Flags: flags,
+		Paths: candidates(request.Args[0], request.Env, request.Cwd),
+		Args:  request.Args, Env: request.Env, Cwd: request.Cwd,
+		Terminal: request.Terminal, NoNewPrivs: request.NoNewPrivs,
+	}.Start()
+	if errors.Is(err, unix.ENOENT) {
+		return 0, fmt.Errorf("exec: %q: executable file not found in the container", request.Args[0])
+	}
+	return pid, err
+}
+
+func waitCode(pid int) int {
+	var status unix.WaitStatus
+	for {
+		_, err := unix.Wait4(pid, &status, 0, nil)
+		if err == unix.EINTR {
+			continue
+		}
+		if err != nil {
+			fmt.Fprintln(os.Stderr, "wait:", err)
+			return NotFoundCode
+		}
+		if status.Signaled() {
+			return 128 + int(status.Signal())
+		}
+		return status.ExitStatus()
+	}
+}

@@ -1,0 +1,52 @@
+package shim
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"syscall"
+)
+
+// Probe runs a throwaway container with everything pods use: a volume where the machine has no directory
+// (a mirror of /dev, which is the strictest one), a read-only root and a user of its own. `unshare` alone
+// would succeed on machines where the mounts are refused later.
+func Probe() error {
+	directory, err := os.MkdirTemp("", "tuneward-probe-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(directory)
+	spec := Spec{
+		ID: "probe", Root: "/", Cwd: "/", Hostname: "probe",
+		// execve of our own file, found by its open descriptor: the one program sure to exist.
+		Args:         []string{"/proc/self/exe", "version"},
+		Mounts:       []Mount{{Source: directory, Target: "/dev/tuneward-probe", ReadOnly: true}},
+		User:         &User{UID: 65532, GID: 65532},
+		ReadOnlyRoot: true,
+		NoNewPrivs:   true,
+	}
+	if err := WriteJSON(filepath.Join(directory, SpecFile), spec); err != nil {
+		return err
+	}
+	log, err := openLog("")
+	if err != nil {
+		return err
+	}
+	c := &container{log: log}
+	if err := c.launch(directory, &spec); err != nil {
+		return sentence(err)
+	}
+	if err := c.command.Wait(); err != nil {
+		return fmt.Errorf("the probe container failed: %w", err)
+	}
+	return nil
+}
+
+// sentence adds what usually stands behind a refusal.
+func sentence(err error) error {
+	if errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EACCES) {
+		return fmt.Errorf("%w: this machine does not let us make namespaces", err)
+	}
+	return err
+}
