@@ -69,12 +69,10 @@ class Model(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_null(cls, value: Any) -> Any:
-        """A null is refused by the API server, so it is refused here."""
+    def _drop_nulls(cls, value: Any) -> Any:
+        """A null is an absent field, as the API server has it."""
         if isinstance(value, dict):
-            for key, item in value.items():
-                if item is None and cls.model_config.get("extra") == "forbid":
-                    raise PydanticCustomError("null", "{field} is null; leave the field out", {"field": key})
+            return {key: item for key, item in value.items() if item is not None}
         return value
 
     @model_validator(mode="after")

@@ -71,8 +71,6 @@ def _missing(document: Document, value: dict[str, Any]) -> list[Problem]:
 
 def _problem(document: Document, model: type[Model], detail: ErrorDetails) -> Problem:
     path = _in_document(document.value, detail["loc"])
-    if detail["type"] == "null":
-        path = (*path, str(detail.get("ctx", {}).get("field", "")))
     return Problem(document.file, document.line_of(path), show_path(path), _sentence(model, path, detail))
 
 
@@ -97,8 +95,6 @@ def _sentence(model: type[Model], path: Path, detail: ErrorDetails) -> str:
         return "required"
     if kind == "extra_forbidden":
         return f"unknown field; allowed here: {', '.join(_fields(model, path[:-1]))}"
-    if kind == "null":
-        return "null is not allowed; leave the field out"
     if kind == "rule":
         return f"{_seen(detail['input'])}{context['reason']}"
     return f"{_seen(detail['input'])}{_allowed(kind, context, detail['msg'])}"

@@ -93,7 +93,7 @@ CASES = [
     Bad("dataset format", "spec.datasets.training.0.format", "chat", "spec.datasets.training[0].format", "'Messages'"),
     Bad("weight as text", "spec.datasets.training.0.weight", "2", "spec.datasets.training[0].weight", "whole number"),
     Bad("weight zero", "spec.datasets.training.0.weight", 0, "spec.datasets.training[0].weight", "at least 1"),
-    Bad("null weight", "spec.datasets.training.0.weight", None, "spec.datasets.training[0].weight", "leave the field out"),
+    Bad("null model uri", "spec.model.uri", None, "spec.model.uri", "required"),
     Bad("two validations", "spec.datasets.validationFraction", 0.1, "spec.datasets", "not both"),
     Bad(
         "validation scheme",
@@ -230,7 +230,7 @@ def test_the_api_server_refuses_at_the_same_field(objects: client.CustomObjectsA
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER])
+@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER, GOOD_JOB.replace("weight: 2", "weight: null")])
 def test_both_doors_take_what_is_right(objects: client.CustomObjectsApi, text: str) -> None:
     document = load_documents(text)[0]
     _, problems = validate_document(document)

@@ -26,7 +26,9 @@ class Cluster:
     data: Path
     kubeconfig: Path
 
-    def try_kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    def try_kubectl(
+        self, *arguments: str, stdin: str | None = None, timeout: float = 60
+    ) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [str(BINARY), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments],
             input=stdin,
@@ -83,6 +85,8 @@ def running_cluster(*flags: str) -> Iterator[Cluster]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
         subprocess.run([str(BINARY), "down", "--data", str(data), "--purge"], check=False, capture_output=True, timeout=60)
         shutil.rmtree(data, ignore_errors=True)
 
