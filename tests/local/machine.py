@@ -1,0 +1,255 @@
+"""A cluster with its node, started the way a person does, as this user or as one without privileges.
+
+`tests.support.cluster` gives other tests a usable cluster; here the program itself is what is tested, so the
+helper shows its processes: it can be killed, started again on the same directory, and taken down.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tests.support.cluster import BIN, BINARY, ROOT, Cluster
+from tests.support.wait import wait_for
+
+NOBODY = 65534
+"""The user of the unprivileged cluster: it owns nothing and has no home, which is the hardest case."""
+
+START_DEADLINE = 120
+"""Seconds for `up`. It takes 3 on an idle machine: this only ends a start that hangs."""
+
+
+@dataclass(frozen=True)
+class User:
+    """Who runs the program; `uid` None is the user of the tests."""
+
+    name: str
+    uid: int | None = None
+
+    def command(self, *arguments: str) -> list[str]:
+        if self.uid is None:
+            return list(arguments)
+        return ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *arguments]
+
+    def environment(self, home: Path) -> dict[str, str]:
+        """What the containers start from: for us the virtualenv first, as a shell with it activated has it."""
+        if self.uid is None:
+            path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
+            return {**os.environ, "VIRTUAL_ENV": str(ROOT / ".venv"), "PATH": path}
+        return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8"}
+
+
+ME = User("me")
+UNPRIVILEGED = User("unprivileged", NOBODY)
+USERS = [ME, UNPRIVILEGED] if os.geteuid() == 0 else [ME]
+
+
+@dataclass
+class Machine:
+    """A data directory and who uses it. `cluster` works only while the server runs."""
+
+    data: Path
+    user: User = ME
+    binaries: Path = BIN
+    started: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    @property
+    def cluster(self) -> Cluster:
+        return Cluster(data=self.data, kubeconfig=self.data / "kubeconfig")
+
+    def run(self, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+        """`tuneward-local ARGUMENTS --data DIR`, to its end."""
+        command = self.user.command(str(self.binaries / BINARY.name), *arguments, "--data", str(self.data))
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False,
+            env=self.user.environment(self.data), cwd="/",
+        )  # fmt: skip
+
+    def up(self, *flags: str) -> int:
+        """Starts the server in the foreground, waits for its ready line and returns its pid."""
+        command = self.user.command(str(self.binaries / BINARY.name), "up", "--data", str(self.data), "--no-fsync", *flags)
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+            env=self.user.environment(self.data), cwd="/",
+        )  # fmt: skip
+        self.started.append(process)
+        assert process.stdout is not None
+        said = []
+        for line in process.stdout:
+            said.append(line)
+            if line.startswith("ready "):
+                return self.server_pid()
+        raise AssertionError(f"the cluster did not start: {''.join(said)}{self.log_tail()}")
+
+    def server_pid(self) -> int:
+        ready = json.loads((self.data / "ready").read_text())
+        return int(ready["pid"])
+
+    def signal_server(self, number: signal.Signals) -> None:
+        """Sends a signal to the program and waits for its end; with SIGKILL that is a crash."""
+        os.kill(self.server_pid(), number)
+        self.started[-1].wait(timeout=20)
+
+    def down(self, *flags: str) -> None:
+        done = self.run("down", *flags, timeout=90)
+        assert done.returncode == 0, done.stderr + self.log_tail()
+
+    def reap(self) -> None:
+        """Ends what `up` started here and closes its pipes, whatever the test did to it."""
+        for process in self.started:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def log_tail(self) -> str:
+        log = self.data / "local.log"
+        return "\n".join(log.read_text(errors="replace").splitlines()[-30:]) if log.exists() else ""
+
+    def processes(self) -> dict[int, str]:
+        """Every process that belongs to the cluster: its command line or its environment names the directory."""
+        found = {}
+        for pid, command, environment in running():
+            if str(self.data) in command or str(self.data) in environment:
+                found[pid] = command
+        return found
+
+    def host_mounts(self) -> list[str]:
+        """Mounts below the directory that the machine sees."""
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        return [line for line in mounts if f" {self.data}/" in line]
+
+
+@contextmanager
+def machine(user: User = ME) -> Iterator[Machine]:
+    """A fresh directory of `user`, and nothing left of it afterwards.
+
+    For a user without privileges the binaries are copied: the working tree may lie where only its owner may go.
+    """
+    assert BINARY.exists(), f"{BINARY} is missing; run: make local"
+    base = Path(tempfile.mkdtemp(prefix="tuneward-local-"))
+    base.chmod(0o755)
+    data = base / "data"
+    data.mkdir(mode=0o700)
+    binaries = BIN
+    if user.uid is not None:
+        os.chown(data, user.uid, user.uid)
+        binaries = Path(shutil.copytree(BIN, base / "bin", symlinks=True))
+    made = Machine(data, user, binaries)
+    try:
+        yield made
+    finally:
+        if data.exists():
+            made.run("down", "--purge", timeout=90)
+        made.reap()
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def running() -> Iterator[tuple[int, str, str]]:
+    """Pid, command line and environment of every process of the machine, except the tests'."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            command, environment = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        yield int(entry.name), *(text.replace(b"\0", b" ").decode(errors="replace") for text in (command, environment))
+
+
+# Pods
+
+
+def pod(name: str, command: Iterable[str], **spec: Any) -> dict[str, Any]:
+    """A pod of one container `main`. `container` adds to it; everything else is the pod's spec."""
+    container = {"name": "main", "image": "local", "command": list(command), **spec.pop("container", {})}
+    spec = {"restartPolicy": "Never", "terminationGracePeriodSeconds": 1, **spec}
+    return {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": {"app": name}},
+        "spec": {**spec, "containers": [container]},
+    }  # fmt: skip
+
+
+def sh(script: str) -> list[str]:
+    return ["/bin/sh", "-ec", script]
+
+
+@dataclass(frozen=True)
+class Namespace:
+    """kubectl in one namespace."""
+
+    machine: Machine
+    name: str
+
+    @classmethod
+    def fresh(cls, machine: Machine) -> Namespace:
+        return cls(machine, machine.cluster.namespace())
+
+    def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
+        return self.machine.cluster.kubectl("-n", self.name, *arguments, stdin=stdin, timeout=timeout)
+
+    def create(self, *objects: Mapping[str, Any]) -> None:
+        document = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
+        self.kubectl("create", "-f", "-", stdin=json.dumps(document))
+
+    def get(self, *arguments: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.kubectl("get", *arguments, "-o", "json"))
+        return found
+
+    def logs(self, name: str, *arguments: str) -> str:
+        return self.kubectl("logs", name, *arguments)
+
+    def await_pod(self, name: str, phase: str, timeout: float = 60) -> dict[str, Any]:
+        """The pod once it has the phase; any other end of it, or the deadline, shows the pod and its events."""
+
+        def reached() -> dict[str, Any] | None:
+            found = self.get("pod", name)
+            now = found["status"].get("phase")
+            if now != phase and now in ("Succeeded", "Failed"):
+                raise AssertionError(f"{name} is {now}, not {phase}: {self.describe(name)}")
+            return found if now == phase else None
+
+        try:
+            return wait_for(reached, what=f"pod {name} to be {phase}", timeout=timeout, interval=0.1)
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}\n{self.describe(name)}") from None
+
+    def await_ready(self, name: str) -> dict[str, Any]:
+        try:
+            self.kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"pod/{name}", timeout=70)
+        except AssertionError as failure:
+            raise AssertionError(f"{failure}\n{self.describe(name)}") from None
+        return self.get("pod", name)
+
+    def finish(self, *objects: dict[str, Any]) -> str:
+        """Creates the objects, waits until the pod, the last of them, succeeded, and returns its log."""
+        self.create(*objects)
+        name = objects[-1]["metadata"]["name"]
+        self.await_pod(name, "Succeeded")
+        return self.logs(name)
+
+    def describe(self, name: str) -> str:
+        described = self.machine.cluster.try_kubectl("-n", self.name, "describe", "pod", name).stdout
+        log = self.machine.cluster.try_kubectl("-n", self.name, "logs", name, "--all-containers", "--tail=20")
+        return f"{described}\n--- log\n{log.stdout}{log.stderr}\n--- local.log\n{self.machine.log_tail()}"
+
+
+def container_of(pod_object: Mapping[str, Any]) -> dict[str, Any]:
+    """The status of a pod's first container."""
+    status: dict[str, Any] = pod_object["status"]["containerStatuses"][0]
+    return status
+
+
+def claim(name: str, mode: str = "ReadWriteOnce") -> dict[str, Any]:
+    spec = {"accessModes": [mode], "resources": {"requests": {"storage": "1Mi"}}}
+    return {"apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": name}, "spec": spec}
