@@ -1,0 +1,154 @@
+"""Progress of running gangs, pulled from their leaders on a budget.
+
+Only the leader is asked, each at most every `poll_seconds` and all together at most `poll_rate` times a second. What it
+says goes onto the board, which passes read; a pass is asked for only when what was said can change status. No answer is
+never taken for a hang: policies and proxies can block the way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import NamedTuple, Protocol
+
+import aiohttp
+from pydantic import ValidationError
+
+from tuneward_api.files import Progress
+from tuneward_api.names import TRAINER_PORT
+from tuneward_operator.kube import ApiError, Kube
+
+logger = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 3.0
+
+
+class Leader(NamedTuple):
+    """Whom to ask."""
+
+    namespace: str
+    job: str
+    pod: str
+    uid: str
+    ip: str
+
+
+@dataclass(frozen=True)
+class Heard:
+    """The last answer of a leader and when it came."""
+
+    progress: Progress
+    at: datetime
+
+
+@dataclass
+class Board:
+    """The last answers, by the uid of the leader's pod."""
+
+    heard: dict[str, Heard] = field(default_factory=dict)
+
+    def of(self, pod_uid: str) -> Heard | None:
+        return self.heard.get(pod_uid)
+
+    def post(self, pod_uid: str, heard: Heard) -> bool:
+        """Returns whether it says something that status may have to say too."""
+        known = self.heard.get(pod_uid)
+        self.heard[pod_uid] = heard
+        return known is None or _noteworthy(known.progress, heard.progress)
+
+    def retain(self, pod_uids: set[str]) -> None:
+        for gone in self.heard.keys() - pod_uids:
+            del self.heard[gone]
+
+
+def _noteworthy(before: Progress, after: Progress) -> bool:
+    """A new phase, number or checkpoint, or one percent more; the rest waits for the pass that the clock asks for."""
+    same = (before.attempt, before.phase, before.steps, before.checkpoint)
+    if same != (after.attempt, after.phase, after.steps, after.checkpoint):
+        return True
+    return bool(after.steps) and before.step * 100 // after.steps != after.step * 100 // after.steps
+
+
+class Pull(Protocol):
+    """GET from a pod. Raises one of PULL_ERRORS."""
+
+    async def __call__(self, *, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes: ...
+
+
+PULL_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ApiError)
+
+
+def pull_directly(session: aiohttp.ClientSession) -> Pull:
+    """`session` must not trust proxies from the environment: they know nothing of pods."""
+
+    async def pull(*, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes:  # noqa: ARG001
+        host = f"[{ip}]" if ":" in ip else ip
+        async with session.get(f"http://{host}:{port}{path}") as answer:
+            answer.raise_for_status()
+            return await answer.read()
+
+    return pull
+
+
+def pull_through(kube: Kube) -> Pull:
+    async def pull(*, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes:  # noqa: ARG001
+        return await kube.proxy_get(namespace, pod, port, path, seconds=ANSWER_SECONDS)
+
+    return pull
+
+
+class Poller:
+    """`leaders` gives whom to ask now; `news` hears of answers that matter; `told` counts (answered or not)."""
+
+    def __init__(
+        self,
+        board: Board,
+        pull: Pull,
+        leaders: Callable[[], Iterable[Leader]],
+        news: Callable[[Leader], None],
+        told: Callable[[bool], None],
+        now: Callable[[], datetime],
+        *,
+        every: float,
+        rate: float,
+    ) -> None:
+        self._board = board
+        self._pull = pull
+        self._leaders = leaders
+        self._news = news
+        self._told = told
+        self._now = now
+        self._every = every
+        self._rate = rate
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            began = loop.time()
+            await self.round()
+            await asyncio.sleep(max(0.05, self._every - (loop.time() - began)))
+
+    async def round(self) -> None:
+        """Asks every leader once, spread out so that the budget holds."""
+        async with asyncio.TaskGroup() as group:
+            for leader in list(self._leaders()):
+                group.create_task(self._one(leader))
+                await asyncio.sleep(1.0 / self._rate)
+
+    async def _one(self, leader: Leader) -> None:
+        try:
+            answer = await self._pull(
+                namespace=leader.namespace, pod=leader.pod, ip=leader.ip, port=TRAINER_PORT, path="/progress"
+            )
+            progress = Progress.model_validate_json(answer)
+        except (*PULL_ERRORS, ValidationError) as error:
+            logger.debug("no progress from %s/%s: %s", leader.namespace, leader.pod, error)
+            self._told(False)
+            return
+        self._told(True)
+        # A pod of another job may have got the address of one that has just gone.
+        if progress.pod_uid in ("", leader.uid) and self._board.post(leader.uid, Heard(progress, self._now())):
+            self._news(leader)
