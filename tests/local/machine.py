@@ -139,12 +139,13 @@ def machine(user: User = ME) -> Iterator[Machine]:
     assert BINARY.exists(), f"{BINARY} is missing; run: make local"
     base = Path(tempfile.mkdtemp(prefix="tuneward-local-"))
     base.chmod(0o755)
-    data = base / "data"
-    data.mkdir(mode=0o700)
+    home = base / "home"
+    home.mkdir(mode=0o755)
     binaries = BIN
     if user.uid is not None:
-        os.chown(data, user.uid, user.uid)
+        os.chown(home, user.uid, user.uid)
         binaries = Path(shutil.copytree(BIN, base / "bin", symlinks=True))
+    data = home / "data"
     made = Machine(data, user, binaries)
     try:
         yield made
