@@ -162,10 +162,14 @@ def running() -> Iterator[tuple[int, str, str]]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            command, environment = ((entry / name).read_bytes() for name in ("cmdline", "environ"))
+            command, environment = read(entry / "cmdline"), read(entry / "environ")
         except OSError:
             continue
-        yield int(entry.name), *(text.replace(b"\0", b" ").decode(errors="replace") for text in (command, environment))
+        yield int(entry.name), command, environment
+
+
+def read(arguments: Path) -> str:
+    return arguments.read_bytes().replace(b"\0", b" ").decode(errors="replace")
 
 
 # Pods

@@ -59,6 +59,13 @@ def test_a_restart_keeps_address_and_objects(own: Machine) -> None:
     assert own.cluster.kubectl("get", "namespace", "kept", "-o", "name") == "namespace/kept\n"
 
 
+def test_the_log_goes_where_it_is_told(mine: Machine) -> None:
+    log = mine.data.parent / "elsewhere.log"
+    mine.up("--control-plane-only", "--log", str(log))
+    assert log.stat().st_size > 0
+    assert not (mine.data / "local.log").exists()
+
+
 def test_down_of_what_does_not_run_is_no_error(own: Machine) -> None:
     own.down()
     own.down("--purge")

@@ -79,7 +79,7 @@ def test_subpaths_show_a_part_each_with_its_own_right_to_write(ns: Namespace) ->
     ns.finish(
         with_store("prepares", "mkdir -p /mnt/store/models/m /mnt/store/jobs/j; echo w > /mnt/store/models/m/w", whole)
     )
-    parts = [
+    parts: list[dict[str, Any]] = [
         {"name": "store", "mountPath": "/mnt/model", "subPath": "models/m", "readOnly": True},
         {"name": "store", "mountPath": "/mnt/run", "subPath": "jobs/j"},
     ]
