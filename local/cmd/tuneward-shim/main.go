@@ -7,6 +7,7 @@ import (
 	"os"
 	"runtime"
 
+	"tuneward.dev/local/internal/enter"
 	"tuneward.dev/local/internal/shim"
 )
 
@@ -16,7 +17,7 @@ func init() { runtime.LockOSThread() }
 
 func main() {
 	if len(os.Args) < 2 {
-		fail("usage: tuneward-shim run|init|exec|probe ...")
+		fail("usage: tuneward-shim run|init|exec|probe|enter ...")
 	}
 	switch os.Args[1] {
 	case "run":
@@ -30,8 +31,10 @@ func main() {
 		os.Exit(shim.Exec())
 	case "version":
 		fmt.Println("tuneward-shim")
+	case "enter":
+		enter.Main(os.Args[2:])
 	case "probe":
-		if err := shim.Probe(); err != nil {
+		if err := shim.Probe(argument(2)); err != nil {
 			fail(err)
 		}
 	default:

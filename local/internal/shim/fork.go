@@ -32,7 +32,7 @@ type Join struct {
 	Args  []string
 	Env   []string
 	Cwd   string
-	// Terminal makes descriptor 0 the controlling terminal of a new session.
+	// Terminal makes descriptor 0 the controlling terminal of the command's session, which is always new.
 	Terminal   bool
 	NoNewPrivs bool
 }
@@ -185,8 +185,8 @@ func child(raw *joinRaw) {
 //go:nosplit
 func command(raw *joinRaw) {
 	syscall.RawSyscall(unix.SYS_PRCTL, unix.PR_SET_PDEATHSIG, uintptr(unix.SIGKILL), 0)
+	syscall.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 	if raw.terminal {
-		syscall.RawSyscall(unix.SYS_SETSID, 0, 0, 0)
 		if _, _, errno := syscall.RawSyscall(unix.SYS_IOCTL, 0, unix.TIOCSCTTY, 0); errno != 0 {
 			fail(raw, stepTerminal, errno)
 		}

@@ -175,6 +175,8 @@ func attributes(spec *Spec) *syscall.SysProcAttr {
 	attr := &syscall.SysProcAttr{
 		Cloneflags: unix.CLONE_NEWNS | unix.CLONE_NEWPID | unix.CLONE_NEWUTS | unix.CLONE_NEWIPC,
 		Pdeathsig:  syscall.SIGKILL,
+		// A command that signals its process group (kill 0) must not meet its shim there.
+		Setsid: true,
 	}
 	if spec.User == nil {
 		return attr
