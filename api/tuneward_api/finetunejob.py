@@ -504,6 +504,11 @@ class FineTuneJobStatus(Model):
     finished_at: str | None = Field(None, description="When it ended.", json_schema_extra={"format": "date-time"})
     launches: Int | None = Field(None, ge=0, description="Attempt Jobs that have ended; the next is <job>-a<launches+1>.")
     retries: RetriesSpent | None = Field(None, description="Retries spent, by class of failure.")
+    retry_at: str | None = Field(
+        None,
+        description="When what failed is tried again; absent once that has begun.",
+        json_schema_extra={"format": "date-time"},
+    )
     resolved: Resolved | None = Field(None, description="Every default chosen and every moving part pinned.")
     progress: ProgressStatus | None = Field(None, description="How far the training is.")
     checkpoint: CheckpointStatus | None = Field(None, description="The newest complete checkpoint.")
