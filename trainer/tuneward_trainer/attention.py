@@ -1,0 +1,134 @@
+"""Attention over documents that share a row: document by document on a CPU, one variable-length kernel on a GPU.
+
+It is called by transformers' models in place of their own attention. A model passes down whatever its attention needs
+(window, soft-cap, sinks) as keywords, so an unknown one is refused: swallowed, it would train a different model without
+a word.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+_HARMLESS: Final = frozenset(
+    {
+        # Already in the rotated queries and keys.
+        "position_ids",
+        "position_embeddings",
+        # The bounds say the same.
+        "cu_seq_lens_k",
+        "max_length_k",
+        "seq_idx",
+        # About caches and outputs that training does not ask for.
+        "use_cache",
+        "cache_position",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+    }
+)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """query [1, heads, T, d], key and value [1, kv heads, T, d or dv] -> [1, T, heads, dv]."""
+    unknown = sorted(name for name, value_ in others.items() if name not in _HARMLESS and value_ not in (None, False))
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if unknown or attention_mask is not None or dropout or not causal or query.shape[0] != 1 or cu_seq_lens_q is None:
+        raise NotImplementedError(
+            f"packed attention takes one causal row with cu_seq_lens_q and no mask or dropout; {type(module).__name__} gave "
+            f"{unknown or 'other arguments'}"
+        )
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.device.type == "cuda" and softcap is None and s_aux is None:
+        return _varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), scale, sliding_window), None
+    attend = functools.partial(_document, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
+    # split and cat, not slices: the backward pass of a slice fills a whole tensor with zeros, for each document.
+    lengths = cu_seq_lens_q.diff().tolist()
+    parts = zip(torch.split(query, lengths, 2), torch.split(key, lengths, 2), torch.split(value, lengths, 2), strict=True)
+    return torch.cat([attend(q, k, v) for q, k, v in parts], 2).transpose(1, 2), None
+
+
+def _document(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """One document: [1, heads, L, d] -> [1, heads, L, dv]."""
+    length = q.shape[2]
+    narrow = window is not None and window < length
+    if softcap is not None or sinks is not None:
+        return _written_out(q, k, v, scale, _band(length, window, q.device), softcap, sinks)
+    grouped = q.shape[1] != k.shape[1]
+    if narrow:
+        mask = _band(length, window, q.device)
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped)
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+@functools.lru_cache(maxsize=64)
+def _band(length: int, window: int | None, device: torch.device) -> Tensor:
+    """bool [L, L]: query i sees keys i - window + 1 … i."""
+    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return causal if window is None else causal.triu(1 - window)
+
+
+def _written_out(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """What no kernel does: scores squashed by a soft-cap (Gemma 2), or a learnt score that takes weight and gives
+    nothing (gpt-oss's sinks, one a head)."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    scores = (q @ k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        column = sinks.reshape(1, -1, 1, 1).expand(1, -1, q.shape[2], 1).to(scores.dtype)
+        scores = torch.cat([scores, column], -1)
+    shares = scores.softmax(-1, dtype=torch.float32).to(q.dtype)
+    return shares[..., : k.shape[2]] @ v
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: float, window: int | None) -> Tensor:
+    """torch's variable-length kernel (torch >= 2.11, bf16 or fp16). Values narrower than keys (MLA) are padded."""
+    width = v.shape[-1]
+    if width < q.shape[-1]:
+        v = nn.functional.pad(v, (0, q.shape[-1] - width))
+    tokens = [tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v)]
+    attend, names = _varlen_kernel()
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if "enable_gqa" in names:
+        options["enable_gqa"] = q.shape[1] != k.shape[1]
+    elif q.shape[1] != k.shape[1]:
+        tokens[1:] = [tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in tokens[1:]]
+    # The very same `cu` twice: one of the kernels only knows by identity that queries and keys have the same bounds.
+    out: Tensor = attend(*tokens, cu, cu, longest, longest, **options)
+    return out[None, ..., :width]
+
+
+@functools.cache
+def _varlen_kernel() -> tuple[Callable[..., Any], frozenset[str]]:
+    """The function and the names of its parameters, which differ between torch 2.11 and 2.15."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)

@@ -1,0 +1,115 @@
+"""A micro-batch: some documents one after the other, and the rows that have a target.
+
+The last useful input of a document is the one before its last target: what comes after it can change no logit that
+counts (attention is causal), so it is cut off here and never computed.
+
+Names end in their shape: T tokens of all documents, R rows with a target, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+class Sample(Protocol):
+    """What a document must have; `weights[i]` is the loss weight of predicting ids[i], and weights[0] is 0."""
+
+    @property
+    def ids(self) -> NDArray[np.int32]: ...
+
+    @property
+    def weights(self) -> NDArray[np.float16]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Model inputs and, for each row, loss inputs."""
+
+    ids: Tensor
+    """int64 [T]."""
+    positions: Tensor
+    """int64 [T]; begins at 0 in each document."""
+    bounds: tuple[int, ...]
+    """[D + 1]; document d is ids[bounds[d] : bounds[d + 1]]."""
+    cu: Tensor
+    """int32 [D + 1]; the same on the device, as attention kernels want it."""
+    longest: int
+    """Upper bound of a document's length; a constant, so that a compiled layer is compiled once."""
+    rows: Tensor
+    """int64 [R], ascending; the position in T whose next token is a target."""
+    row_bounds: tuple[int, ...]
+    """[D + 1]; rows of document d are rows[row_bounds[d] : row_bounds[d + 1]]."""
+    targets: Tensor
+    """int64 [R]."""
+    weights: Tensor
+    """float32 [R]."""
+    sources: tuple[int, ...]
+    """[D]; the documents' indices in the data, to name them in an error."""
+
+    @property
+    def tokens(self) -> int:
+        return self.bounds[-1]
+
+    @property
+    def documents(self) -> int:
+        return len(self.sources)
+
+    def to(self, device: torch.device) -> Batch:
+        """Copies to `device`; from pinned memory, so that the copy waits for nothing."""
+        if device.type == "cpu":
+            return self
+        fields = ("ids", "positions", "cu", "rows", "targets", "weights")
+        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in fields})
+
+    def scaled(self, factor: float) -> Batch:
+        """The same with all weights multiplied by `factor`."""
+        return replace(self, weights=self.weights * factor)
+
+    def source_of_row(self, row: int) -> int:
+        """Index in the data of the document that row `row` of R belongs to."""
+        document = next(d for d in range(self.documents) if row < self.row_bounds[d + 1])
+        return self.sources[document]
+
+
+def collate(samples: Iterable[tuple[int, Sample]], *, longest: int | None = None) -> Batch:
+    """Documents without a target are left out: they would cost time and teach nothing."""
+    kept = [(index, ids, rows, weights) for index, sample in samples for ids, rows, weights in [_cut(sample)] if len(rows)]
+    bounds = tuple(accumulate((int(rows[-1]) + 1 for _, _, rows, _ in kept), initial=0))
+    row_bounds = tuple(accumulate((len(rows) for _, _, rows, _ in kept), initial=0))
+    return Batch(
+        ids=_join([ids[: rows[-1] + 1] for _, ids, rows, _ in kept], np.int64),
+        positions=_join([np.arange(rows[-1] + 1) for _, _, rows, _ in kept], np.int64),
+        bounds=bounds,
+        cu=torch.tensor(bounds, dtype=torch.int32),
+        longest=longest or max((stop - start for start, stop in pairwise(bounds)), default=0),
+        rows=_join([rows + start for (_, _, rows, _), start in zip(kept, bounds, strict=False)], np.int64),
+        row_bounds=row_bounds,
+        targets=_join([ids[rows + 1] for _, ids, rows, _ in kept], np.int64),
+        weights=_join([weights for _, _, _, weights in kept], np.float32),
+        sources=tuple(index for index, _, _, _ in kept),
+    )
+
+
+def _cut(sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]:
+    """(ids, rows, weights of the rows): row i predicts ids[i + 1]."""
+    weights = np.asarray(sample.weights, np.float32)
+    rows = np.flatnonzero(weights[1:])
+    return sample.ids, rows, weights[1:][rows]
+
+
+def _join(parts: list[NDArray[np.int32]] | list[NDArray[np.int64]] | list[NDArray[np.float32]], dtype: type) -> Tensor:
+    joined = np.concatenate(parts) if parts else np.empty(0)
+    return torch.from_numpy(joined.astype(dtype))
+
+
+def total_weight(samples: Iterable[Sample]) -> float:
+    """Sum of the loss weights, in double precision."""
+    return float(sum(float(sample.weights.sum(dtype=np.float64)) for sample in samples))

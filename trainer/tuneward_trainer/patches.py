@@ -1,0 +1,240 @@
+"""Three replacements that make a Hugging Face model train fast, and never an own forward pass.
+
+packed-attention  several documents share a row and none sees another (transformers' public cu_seq_lens names)
+loss-head         the vocabulary is scored at rows that have a target only, in chunks, its gradient made on the way
+lora-linear       one autograd node for W x + s B A x, which keeps x and the rank-sized A x, nothing else
+
+There is no code per model family. Instead `verify.py` compares each patch with the plain model on a shrunken twin, and
+a patch that disagrees is left out. `applied` is a context manager and restores everything: evaluation by `generate`,
+`disable_adapter` and other models of the process must see the plain model.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Final
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+
+from tuneward_trainer.attention import packed_attention
+from tuneward_trainer.batch import Batch
+
+PACKED_ATTENTION: Final = "packed-attention"
+LOSS_HEAD: Final = "loss-head"
+LORA_LINEAR: Final = "lora-linear"
+ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR)
+
+_REGISTERED: Final = "tuneward_packed"
+_CHUNK_ELEMENTS: Final = 1 << 24
+"""Logits held at once: 64 MB in float32."""
+
+Forward = Callable[[Batch], Tensor]
+"""Batch -> float32 [R], the log-probability of each target."""
+
+
+@contextmanager
+def applied(model: PeftModel, names: Collection[str] = ALL) -> Iterator[Forward]:
+    """The model's forward pass with the patches in `names`; outside the block the model is plain again.
+
+    Without packed-attention each document has a forward pass of its own.
+    """
+    base: PreTrainedModel = model.get_base_model()
+    with ExitStack() as stack:
+        if LORA_LINEAR in names:
+            stack.enter_context(_lora_linears(base))
+        head = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else _plain_head
+        packed = PACKED_ATTENTION in names
+        if packed:
+            stack.enter_context(_attention(base))
+        yield functools.partial(_forward_packed if packed else _forward_alone, base, head)
+
+
+def _forward_packed(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    scored = base(
+        input_ids=batch.ids[None],
+        position_ids=batch.positions[None],
+        cu_seq_lens_q=batch.cu,
+        cu_seq_lens_k=batch.cu,
+        max_length_q=batch.longest,
+        max_length_k=batch.longest,
+        logits_to_keep=batch.rows,
+        use_cache=False,
+    ).logits[0]
+    return head(scored, batch.targets)
+
+
+def _forward_alone(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+    """Document after document, as at inference. Right for every model, also where states cross a packed row."""
+    parts = []
+    for document in range(batch.documents):
+        start, stop = batch.bounds[document : document + 2]
+        rows = slice(*batch.row_bounds[document : document + 2])
+        scored = base(input_ids=batch.ids[None, start:stop], logits_to_keep=batch.rows[rows] - start, use_cache=False)
+        parts.append(head(scored.logits[0], batch.targets[rows]))
+    return torch.cat(parts)
+
+
+def _plain_head(logits: Tensor, targets: Tensor) -> Tensor:
+    """float [R, V], int64 [R] -> float32 [R]."""
+    return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+# -- packed attention ------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _attention(base: PreTrainedModel) -> Iterator[None]:
+    AttentionInterface.register(_REGISTERED, packed_attention)
+    # The documents' bounds are the mask.
+    AttentionMaskInterface.register(_REGISTERED, _no_mask)
+    before = base.config._attn_implementation
+    base.set_attn_implementation(_REGISTERED)
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
+
+
+def _no_mask(*_: Any, **__: Any) -> None:
+    return None
+
+
+# -- loss head -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _loss_head(base: PreTrainedModel) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+    """The model's own forward pass, but its head hands the hidden states through, and we score them.
+
+    What a model does to its logits is applied to the hidden states instead: right for a scale (Granite, Cohere), since
+    the head is linear. Gemma 2's soft-cap is not linear: it is switched off in the config and done here.
+    """
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.weight.requires_grad:
+        raise TypeError(f"the head is a {type(head).__name__}, not a frozen Linear")
+    config = base.config.get_text_config()
+    cap = getattr(config, "final_logit_softcapping", None)
+    with ExitStack() as stack:
+        stack.enter_context(_instance_forward(head, lambda hidden: hidden))
+        if cap is not None:
+            config.final_logit_softcapping = None
+            stack.callback(setattr, config, "final_logit_softcapping", cap)
+        yield lambda hidden, targets: _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, cap)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log p(target) of each row, and d log p / d hidden made at once: rows are independent, so the backward pass only
+    scales each row's gradient by what the loss says about it. With p = softmax(z): d log p_t / d z = onehot_t - p."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None) -> Tensor:
+        """[R, H], [V, H], [V], int64 [R] -> float32 [R]."""
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        chunk = max(1, _CHUNK_ELEMENTS // len(weight))
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            scores, bend = _scores(hidden[part], weight, bias, cap)
+            log_sum = scores.logsumexp(-1, keepdim=True)
+            logprobs[part] = (scores.gather(-1, targets[part, None]) - log_sum)[:, 0]
+            if slopes is not None:
+                gradient = scores.sub_(log_sum).exp_().neg_()
+                gradient.scatter_add_(-1, targets[part, None], torch.ones_like(log_sum))
+                gradient = gradient if bend is None else gradient.mul_(bend)
+                torch.mm(gradient.to(weight.dtype), weight, out=slopes[part])
+        ctx.save_for_backward(slopes)
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
+
+
+def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """float32 [r, V], and with a soft-cap its derivative."""
+    scores = nn.functional.linear(hidden, weight, bias).float()
+    if cap is None:
+        return scores, None
+    squashed = (scores / cap).tanh_()
+    return squashed * cap, 1 - squashed * squashed
+
+
+# -- LoRA ------------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _lora_linears(base: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in base.modules():
+            if fits_lora_linear(module):
+                stack.enter_context(_instance_forward(module, functools.partial(_lora_forward, module)))
+        yield
+
+
+def fits_lora_linear(module: Any) -> bool:
+    """Plain LoRA on a plain Linear, no dropout. Everything else keeps PEFT's own forward pass."""
+    return (
+        type(module) is PeftLoraLinear
+        and type(module.base_layer) is nn.Linear
+        and not module.base_layer.weight.requires_grad
+        and not module.lora_variant
+        and not module.fan_in_fan_out
+        and all(isinstance(dropout, nn.Identity) for dropout in module.lora_dropout.values())
+        and not any(layer.bias is not None for layer in module.lora_B.values())
+    )
+
+
+def _lora_forward(module: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    if others or named or module.disable_adapters or module.merged or len(module.active_adapters) != 1:
+        plain: Tensor = type(module).forward(module, x, *others, **named)
+        return plain
+    name = module.active_adapters[0]
+    base = module.base_layer
+    out: Tensor = _LoraLinear.apply(
+        x, module.lora_A[name].weight, module.lora_B[name].weight, base.weight, base.bias, module.scaling[name]
+    )
+    return out
+
+
+class _LoraLinear(torch.autograd.Function):
+    """x W' + b + s (x A') B' for x [..., I], A [r, I], B [O, r], W [O, I]; computed in x's dtype, A and B in theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        down = flat @ a.to(x.dtype).T
+        out = nn.functional.linear(flat, weight, bias)
+        out.addmm_(down, b.to(x.dtype).T, alpha=scale)
+        ctx.save_for_backward(flat, down, a, b, weight)
+        ctx.scale = scale
+        return out.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
+        flat, down, a, b, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        up = (rows @ b.to(rows.dtype)).mul_(ctx.scale)
+        to_x = None
+        if ctx.needs_input_grad[0]:
+            to_x = (rows @ weight).addmm_(up, a.to(rows.dtype)).view(*gradient.shape[:-1], -1)
+        to_a = (up.T @ flat).to(a.dtype)
+        to_b = (rows.T @ down).mul_(ctx.scale).to(b.dtype)
+        return to_x, to_a, to_b, None, None, None
+
+
+@contextmanager
+def _instance_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Shadows the class's forward on this one module."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward

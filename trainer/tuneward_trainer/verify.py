@@ -1,0 +1,241 @@
+"""Proves on a shrunken twin of the model which patches are right, before anything is trained with them.
+
+The twin has the model's own class and config with small numbers: one layer of each kind, hidden 64, a window of 24
+tokens, 4 experts. In float32 a wrong patch is off by 1e-3 and more, and a right one by 1e-6; in bf16, or with the
+window of a real model, the same mistake would be invisible. The reference is the plain model on each document alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import peft
+import torch
+import transformers
+from numpy.typing import NDArray
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from tuneward_api.finetunejob import ResolvedMethod, ResolvedPacking
+from tuneward_api.manifest import write_synced
+from tuneward_trainer import attention, batch, patches
+from tuneward_trainer.batch import collate
+from tuneward_trainer.losses import cross_entropy
+from tuneward_trainer.model import (
+    ModelUnsupportedError,
+    add_adapters,
+    attention_of,
+    model_class,
+    read_config,
+    target_linears,
+)
+from tuneward_trainer.model import trainable as trainable_of
+
+LIMIT: Final = 1e-4
+"""Largest relative error of a gradient; the plain model itself is within 2e-6 of float64."""
+VOCABULARY: Final = 128
+_LENGTHS: Final = (37, 29, 41)
+"""Tokens of the twin's documents: longer than its window, none a multiple of another."""
+
+_SHRUNK: Final[dict[str, Any]] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "num_attention_heads": 4,
+    "head_dim": 16,
+    "sliding_window": 24,
+    "attention_chunk_size": 24,
+    "num_local_experts": 4,
+    "num_experts": 4,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 256,
+    # GPT-2's names.
+    "n_embd": 64,
+    "n_head": 4,
+    "n_positions": 256,
+    "n_inner": 96,
+}
+"""Field of a config -> its value in the twin, where the model has that field and not None."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float16]
+
+
+def verify(model_dir: Path, cache_dir: Path | None = None) -> ResolvedPacking:
+    """The patches that this model's class and config bear, and so whether documents may share a row. Takes seconds.
+
+    The verdict is kept in `cache_dir` (default `<model_dir>/verify`, if that can be written), under a digest of all that
+    it depends on. Raises ModelUnsupportedError for a model that cannot be trained at all.
+    """
+    config = read_config(model_dir)
+    folder = cache_dir if cache_dir is not None else model_dir / "verify"
+    file = folder / f"{_digest(config)}.json"
+    try:
+        return ResolvedPacking.model_validate_json(file.read_bytes())
+    except (OSError, ValueError):
+        verdict = _examine(model_class(config), AutoConfig.from_pretrained(model_dir, local_files_only=True))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_synced(file, json.dumps(verdict.to_json()).encode())
+    except OSError as error:
+        logger.info("the verdict on packing is not kept: %s", error)
+    return verdict
+
+
+def _digest(config: dict[str, Any]) -> str:
+    """Of all that a verdict depends on."""
+    parts = [json.dumps(config, sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
+    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches)]
+    parts += [Path(__file__).read_text()]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ResolvedPacking:
+    """Patch by patch, each on top of those that agreed before."""
+    try:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = twin(kind, config)
+            reference = gradients(model, ())
+    except ModelUnsupportedError:
+        raise
+    except Exception as error:  # noqa: BLE001 - any failure has the same remedy
+        return ResolvedPacking(mode="OneDocument", reason=f"no small twin of the model could be made: {_short(error)}")
+    agreed: list[str] = []
+    why: dict[str, str] = {}
+    for name in patches.ALL:
+        complaint = disagreement(model, (*agreed, name), reference)
+        if complaint is None:
+            agreed.append(name)
+        else:
+            why[name] = complaint
+            logger.warning("the patch %s is not used: %s", name, complaint)
+    packed = patches.PACKED_ATTENTION in agreed
+    reason = "packed rows and single documents give the same gradients" if packed else why[patches.PACKED_ATTENTION]
+    left_out = [f"; {name} left out: {text}" for name, text in why.items() if name != patches.PACKED_ATTENTION]
+    return ResolvedPacking(
+        mode="Packed" if packed else "OneDocument", reason=(reason + "".join(left_out))[:512], patches=agreed
+    )
+
+
+def disagreement(model: PeftModel, names: Collection[str], reference: dict[str, Tensor]) -> str | None:
+    """None, or in what way the gradients under these patches differ from the plain model's."""
+    try:
+        worst, where = worst_error(gradients(model, names), reference)
+    except Exception as error:  # noqa: BLE001 - a patch that raises here is not used
+        return _short(error)
+    return f"gradients differ by {worst:.1e} (at {where})" if not worst < LIMIT else None
+
+
+def worst_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple[float, str]:
+    """max over tensors of |found - reference| / |reference|; norms below a thousandth of the largest count as that."""
+    floor = 1e-3 * max(float(tensor.norm()) for tensor in reference.values())
+    errors = {
+        name: float((found[name] - tensor).norm()) / max(float(tensor.norm()), floor) for name, tensor in reference.items()
+    }
+    # NaN must win.
+    where = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return errors[where], where
+
+
+def gradients(model: PeftModel, names: Collection[str]) -> dict[str, Tensor]:
+    """Of the loss of three documents, by parameter; with no patches each is computed plainly and whole."""
+    parameters = trainable_of(model)
+    model.zero_grad(set_to_none=True)
+    samples = _documents()
+    if names:
+        shared = collate(enumerate(samples))
+        with patches.applied(model, names) as forward:
+            torch.autograd.backward(cross_entropy(forward(shared), shared))
+    else:
+        for sample in samples:
+            torch.autograd.backward(_plain_loss(model, sample))
+    return {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        for name, parameter in parameters.items()
+    }
+
+
+def _plain_loss(model: PeftModel, sample: _Sample) -> Tensor:
+    """Uncut, unpatched, without our own batch: as independent of what is checked as it can be."""
+    ids = torch.from_numpy(sample.ids.astype(np.int64))
+    logprobs: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
+    weights = torch.from_numpy(sample.weights[1:].astype(np.float32))
+    return -(logprobs.gather(-1, ids[1:, None])[:, 0] * weights).sum()
+
+
+def _documents() -> list[_Sample]:
+    random = np.random.default_rng(0)
+    return [
+        _Sample(
+            ids=random.integers(3, VOCABULARY, length, dtype=np.int32),
+            weights=np.concatenate([np.zeros(length // 3), random.choice([0.0, 0.5, 1.0], length - length // 3)]).astype(
+                np.float16
+            ),
+        )
+        for length in _LENGTHS
+    ]
+
+
+def twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PeftModel:
+    """A small random model of the same class, in float32, with adapters that are not zero."""
+    small = shrink(config)
+    # As loading does it: the attribute belongs to no class.
+    build = partial(kind._from_config, small, attn_implementation=attention_of(kind), dtype=torch.float32)
+    base: PreTrainedModel = build()
+    base.requires_grad_(False)
+    base.eval()
+    targets = target_linears(base)
+    method = ResolvedMethod(
+        type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=targets, trainable_parameters=0
+    )
+    model = add_adapters(base, method, seed=0, base_uri="")
+    with torch.no_grad():
+        for parameter in trainable_of(model).values():
+            parameter.normal_(std=0.05)
+    return model
+
+
+def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy with small numbers: one layer of each kind, at least two layers."""
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
+    for name, value in _SHRUNK.items():
+        if getattr(text, name, None) is not None:
+            setattr(text, name, value)
+    heads, kv_heads = getattr(config.get_text_config(), "num_attention_heads", 1), getattr(text, "num_key_value_heads", None)
+    if kv_heads is not None:
+        # Grouped queries stay grouped.
+        text.num_key_value_heads = 4 if kv_heads == heads else 2
+    if kinds:
+        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
+    layers = "num_hidden_layers" if getattr(text, "num_hidden_layers", None) is not None else "n_layer"
+    setattr(text, layers, max(2, len(kinds)))
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 0)
+    return small
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"[:240]
