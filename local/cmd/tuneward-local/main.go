@@ -63,10 +63,22 @@ func up(args []string) error {
 	if err != nil {
 		return err
 	}
+	if holder := dir.LockHolder(); holder != 0 {
+		return fmt.Errorf("%w (pid %d): %s", layout.ErrRunning, holder, dir)
+	}
 	if options.Detach {
 		return cli.Detach(os.Args[1:], dir.Log())
 	}
-	return server.Run(options, dir, "")
+	config := server.Config{Options: options, Dir: dir}
+	if !options.ControlPlaneOnly {
+		if config.ShimPath, err = cli.ShimPath(); err != nil {
+			return err
+		}
+		if config.Way, err = cli.EnterWay(dir, config.ShimPath); err != nil {
+			return err
+		}
+	}
+	return server.Run(config)
 }
 
 func down(args []string) error {
@@ -74,7 +86,7 @@ func down(args []string) error {
 	if err != nil {
 		return err
 	}
-	return cli.Down(options, func(layout.Dir) error { return nil })
+	return cli.Down(options)
 }
 
 func status(args []string) int {

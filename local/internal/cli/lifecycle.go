@@ -1,20 +1,26 @@
 package cli
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"syscall"
 	"time"
 
+	"tuneward.dev/local/internal/cri"
 	"tuneward.dev/local/internal/layout"
 )
 
 // stopDeadline is above the 4 s a server takes at most.
 const stopDeadline = 10 * time.Second
 
-// Down ends the cluster and, with --purge, removes it. endContainers ends what the runtime left running.
-func Down(options DownOptions, endContainers func(dir layout.Dir) error) error {
+// containerGrace is how long `down` lets containers end by themselves after TERM.
+const containerGrace = 2 * time.Second
+
+// Down ends the cluster and its containers and, with --purge, removes it. It also ends containers whose
+// server was killed.
+func Down(options DownOptions) error {
 	if _, err := os.Stat(options.Data); errors.Is(err, os.ErrNotExist) {
 		return nil
 	}
@@ -26,12 +32,13 @@ func Down(options DownOptions, endContainers func(dir layout.Dir) error) error {
 		return err
 	}
 	// After the server: the kubelet would start ended containers again.
-	if err := endContainers(dir); err != nil {
+	if err := cri.Clean(context.Background(), dir.Runtime(), containerGrace); err != nil {
 		return fmt.Errorf("cannot end the containers of %s: %w", dir, err)
 	}
 	if !options.Purge {
 		return nil
 	}
+	_ = os.Remove(dir.Ready())
 	if err := os.RemoveAll(string(dir)); err != nil {
 		return fmt.Errorf("cannot remove %s: %w", dir, err)
 	}

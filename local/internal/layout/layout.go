@@ -45,6 +45,7 @@ func (d Dir) PodLogs() string    { return d.join("pod-logs") }
 func (d Dir) Runtime() string    { return d.join("run") }
 func (d Dir) Volumes() string    { return d.join("volumes") }
 func (d Dir) GPUs() string       { return d.join("gpus.json") }
+func (d Dir) Way() string        { return d.join("way") }
 func (d Dir) state() string      { return d.join("state.json") }
 func (d Dir) lock() string       { return d.join("lock") }
 

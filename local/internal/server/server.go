@@ -15,15 +15,27 @@ import (
 
 	"tuneward.dev/local/internal/cli"
 	"tuneward.dev/local/internal/controlplane"
+	"tuneward.dev/local/internal/cri"
 	"tuneward.dev/local/internal/layout"
+	"tuneward.dev/local/internal/node"
 	"tuneward.dev/local/internal/pki"
 )
 
 // nodeName is the one node's name.
 const nodeName = "local"
 
-// Run serves until SIGTERM or SIGINT and then ends the process. way is "" without a node.
-func Run(options cli.UpOptions, dir layout.Dir, way string) error {
+// Config is what a foreground cluster needs to know.
+type Config struct {
+	Options cli.UpOptions
+	Dir     layout.Dir
+	// Way is empty without a node.
+	Way      cri.Way
+	ShimPath string
+}
+
+// Run serves until SIGTERM or SIGINT.
+func Run(config Config) error {
+	dir := config.Dir
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	lock, err := dir.Lock()
@@ -49,7 +61,7 @@ func Run(options cli.UpOptions, dir layout.Dir, way string) error {
 	if err != nil {
 		return fmt.Errorf("cannot write the log %s: %w", dir.Log(), err)
 	}
-	return serve(ctx, options, dir, addresses.State, way, terminal)
+	return serve(ctx, config, addresses.State, terminal)
 }
 
 func writeKeys(dir layout.Dir, addresses layout.State) error {
@@ -68,18 +80,20 @@ func apiURL(addresses layout.State) string {
 	return fmt.Sprintf("https://127.0.0.1:%d", addresses.APIPort)
 }
 
-func serve(ctx context.Context, options cli.UpOptions, dir layout.Dir, addresses layout.State, way string, terminal *os.File) error {
+func serve(ctx context.Context, config Config, addresses layout.State, terminal *os.File) error {
 	started := time.Now()
-	plane, err := controlplane.Start(ctx, controlplane.Config{Dir: dir, Addresses: addresses, NoFsync: options.NoFsync})
+	dir := config.Dir
+	plane, err := controlplane.Start(ctx, controlplane.Config{Dir: dir, Addresses: addresses, NoFsync: config.Options.NoFsync})
 	if err != nil {
 		return logged(err, dir)
 	}
-	if err := awaitDefaultAccount(ctx, plane.Client); err != nil {
+	if err := awaitUsable(ctx, config, addresses, plane); err != nil {
+		plane.Stop()
 		return logged(err, dir)
 	}
 	info := layout.ReadyInfo{
 		PID: os.Getpid(), APIURL: apiURL(addresses), StartedAt: started.UTC().Format(time.RFC3339),
-		Way: way, Version: layout.Version,
+		Way: string(config.Way), Version: layout.Version,
 	}
 	if err := dir.WriteReady(info); err != nil {
 		return err
@@ -99,6 +113,26 @@ func serve(ctx context.Context, options cli.UpOptions, dir layout.Dir, addresses
 		return logged(err, dir)
 	}
 	return nil
+}
+
+func awaitUsable(ctx context.Context, config Config, addresses layout.State, plane *controlplane.ControlPlane) error {
+	local := node.Config{
+		NodeName: nodeName, Dir: config.Dir, Addresses: addresses, Client: plane.Client,
+		Way: config.Way, ShimPath: config.ShimPath,
+		PathPrefix: config.Options.PathPrefix, Images: config.Options.Images, FakeGPUs: config.Options.FakeGPUs,
+	}
+	if config.Way != "" {
+		if err := node.Start(context.WithoutCancel(ctx), local); err != nil {
+			return fmt.Errorf("the node does not start: %w", err)
+		}
+	}
+	if err := awaitDefaultAccount(ctx, plane.Client); err != nil {
+		return err
+	}
+	if config.Way == "" {
+		return nil
+	}
+	return poll(ctx, "the node", func() error { return node.Ready(ctx, local) })
 }
 
 // endWithin is for a component that does not let go: a restart finds everything it needs in etcd.
@@ -129,7 +163,7 @@ func poll(ctx context.Context, what string, check func() error) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("stopped before %s was there: %w", what, err)
+			return fmt.Errorf("stopped before %s was ready: %w", what, err)
 		case <-tick.C:
 		}
 	}
