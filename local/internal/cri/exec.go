@@ -44,8 +44,9 @@ func (r *Runtime) ExecSync(ctx context.Context, id string, args []string, timeou
 	return out.Bytes(), errOut.Bytes(), err
 }
 
-// execCommand prepares `tuneward-shim exec`, which joins the container's namespaces. Its end kills the
-// command, so a client that goes away leaves nothing behind.
+// execCommand prepares `tuneward-shim exec`, which joins the container's namespaces. Where ctx ends first it is
+// not killed but told, by the end of its request: only it can collect the command it kills, and a container
+// cannot end before every process in it is collected.
 func (r *Runtime) execCommand(ctx context.Context, id string, args []string, terminal bool) (*exec.Cmd, error) {
 	c, err := r.container(id)
 	if err != nil {
@@ -62,7 +63,7 @@ func (r *Runtime) execCommand(ctx context.Context, id string, args []string, ter
 	if err := shim.ReadJSON(filepath.Join(c.dir, shim.SpecFile), spec); err != nil {
 		return nil, err
 	}
-	request, err := requestFile(shim.ExecRequest{
+	request, hold, err := requestPipe(shim.ExecRequest{
 		Init: init, Args: args, Env: spec.Env, Cwd: spec.Cwd,
 		User: spec.User != nil, NoNewPrivs: spec.NoNewPrivs, Terminal: terminal,
 	})
@@ -72,29 +73,28 @@ func (r *Runtime) execCommand(ctx context.Context, id string, args []string, ter
 	command := exec.CommandContext(ctx, r.cfg.ShimPath, "exec")
 	command.Dir, command.Env = "/", []string{"GOMAXPROCS=1"}
 	command.ExtraFiles = []*os.File{request}
+	command.Cancel = hold.Close
 	command.WaitDelay = leftoverTime
 	command.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	return command, nil
 }
 
-// requestFile holds the request in a pipe. A pipe takes 64 KiB before it blocks and an environment may be
-// larger, so it is written in the background; a reader that dies ends that with EPIPE.
-func requestFile(request shim.ExecRequest) (*os.File, error) {
-	reader, writer, err := os.Pipe()
+// requestPipe holds the request, and stays open after it. A pipe takes 64 KiB before it blocks and an
+// environment may be larger, so it is written in the background; a reader that dies ends that with EPIPE.
+func requestPipe(request shim.ExecRequest) (reader, writer *os.File, err error) {
+	reader, writer, err = os.Pipe()
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	go func() {
-		defer writer.Close()
-		_ = json.NewEncoder(writer).Encode(request)
-	}()
-	return reader, nil
+	go func() { _ = json.NewEncoder(writer).Encode(request) }()
+	return reader, writer, nil
 }
 
-// runCommand starts a prepared command, closes our copy of its request, and waits for it.
-func runCommand(command *exec.Cmd) error {
+// runCommand starts a prepared command, closes our copies of what it was given, and waits for it.
+func runCommand(command *exec.Cmd, given ...*os.File) error {
+	defer func() { _ = command.Cancel() }()
 	err := command.Start()
-	for _, file := range command.ExtraFiles {
+	for _, file := range append(given, command.ExtraFiles...) {
 		file.Close()
 	}
 	if err != nil {

@@ -378,6 +378,9 @@ func TestContainerExecThatTimesOutIsKilledAndFails(t *testing.T) {
 	if err != nil || strings.Contains(string(stdout), "4321") {
 		t.Errorf("the command still runs: %q, %v", stdout, err)
 	}
+	if stdout, _, _ = w.runtime.ExecSync(w.ctx, id, []string{"sh", "-c", "cat /proc/[0-9]*/status"}, 0); bytes.Contains(stdout, []byte("zombie")) {
+		t.Errorf("the command was not collected: %s", stdout)
+	}
 }
 
 func TestContainerExecStreamsInputAndSurvivesAClientThatNeverCloses(t *testing.T) {

@@ -181,7 +181,7 @@ func (s *sandboxRecord) metadata() *runtimeapi.PodSandboxMetadata {
 // selected says whether labels hold every pair of a selector.
 func selected(labels, selector map[string]string) bool {
 	for key, value := range selector {
-		if labels[key] != value {
+		if own, ok := labels[key]; !ok || own != value {
 			return false
 		}
 	}

@@ -32,15 +32,8 @@ func terminalCommand(command *exec.Cmd, in io.Reader, out io.Writer, resize <-ch
 			_, _ = io.Copy(out, master)
 		}
 	}()
-	err = command.Start()
-	slave.Close()
-	for _, file := range command.ExtraFiles {
-		file.Close()
-	}
-	if err != nil {
-		return err
-	}
-	err = exitError(command.Wait())
+	// With our copy of the terminal's end open, reading the master would never end.
+	err = exitError(runCommand(command, slave))
 	// The kernel reports the end of a terminal as EIO once the last process closed it.
 	waitOrLeave(copied)
 	return err

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"syscall"
@@ -12,7 +13,7 @@ import (
 )
 
 // requestFD is where `tuneward-shim exec` reads its request: an environment may be larger than an
-// argument is allowed to be.
+// argument is allowed to be. The pipe stays open as long as the command is wanted.
 const requestFD = 3
 
 // NotFoundCode is what a shell exits with when there is no such command.
@@ -33,8 +34,9 @@ type ExecRequest struct {
 // caller must be on the main thread, locked to it, as for Run.
 func Exec() int {
 	unix.CloseOnExec(requestFD)
+	source := os.NewFile(requestFD, "request")
 	request := &ExecRequest{}
-	if err := json.NewDecoder(os.NewFile(requestFD, "request")).Decode(request); err != nil {
+	if err := json.NewDecoder(source).Decode(request); err != nil {
 		fmt.Fprintln(os.Stderr, "reading the request:", err)
 		return NotFoundCode
 	}
@@ -43,7 +45,20 @@ func Exec() int {
 		fmt.Fprintln(os.Stderr, err)
 		return NotFoundCode
 	}
+	go killAtEnd(source, pid)
 	return waitCode(pid)
+}
+
+// killAtEnd ends the command when the runtime closes the request, or dies. The runtime does not kill us
+// instead: the command would become a child of the machine's init, which in many containers collects nothing,
+// and the kernel ends a PID namespace only when all its processes are collected.
+func killAtEnd(request *os.File, pid int) {
+	pidfd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return // it has ended
+	}
+	_, _ = io.Copy(io.Discard, request)
+	_ = unix.PidfdSendSignal(pidfd, unix.SIGKILL, nil, 0)
 }
 
 func startIn(request *ExecRequest) (int, error) {
