@@ -1,0 +1,178 @@
+"""From samples to token ids and one loss weight a token, in batches.
+
+Masks come from character offsets of one encoding of the whole text, never from the value of an id: a model's pad token
+may be its stop token. Where a token reaches across the end of a prompt, no such mask is right, since an engine encodes
+the prompt alone; then prompt and answer are encoded apart.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+from tuneward_trainer.data.formats import Sample
+from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.render import LossOn, Rendered, Renderer, Template
+
+Offsets: TypeAlias = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """`weights[i]` is the loss weight of predicting `ids[i]`; weights[0] is 0, and the last is not."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+@dataclass
+class _Tokens:
+    """One text's tokens. `cuts`: index of the first token of each part but the first, by its place in the text."""
+
+    ids: list[int]
+    offsets: Offsets
+    cuts: dict[int, int]
+
+
+class _NeedsApartError(Exception):
+    """A token reaches across the end of a prompt, or nothing ends a turn in the middle."""
+
+
+def chat_template(tokenizer: Any) -> Template | None:
+    """The model's own, or None where it has none."""
+    if not tokenizer.chat_template:
+        return None
+
+    def template(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
+        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
+        return str(text)
+
+    return template
+
+
+class Encoder:
+    """A tokenizer and its chat template. `stops` are ids that end a turn beside the tokenizer's special tokens."""
+
+    def __init__(self, tokenizer: Any, loss_on: LossOn, stops: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._renderer = Renderer(chat_template(tokenizer), loss_on)
+        self._eos: int | None = tokenizer.eos_token_id
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stops = special | set(stops) | ({self._eos} - {None})
+        first = tokenizer("").input_ids[:1]
+        self._lead: list[int] = [first[0]] if first and first[0] == tokenizer.bos_token_id else []
+        # Tokenizers of the SentencePiece kind put a space before whatever they encode: parts cannot be joined.
+        self._joins = tokenizer.decode([*self._plain(["x"])[0].ids, *self._plain(["y"])[0].ids]) == "xy"
+
+    def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
+        """One entry for each sample: its documents, or what is wrong with it."""
+        rendered = [self._render(sample) for sample in samples]
+        flat = [text for texts in rendered if not isinstance(texts, SampleError) for text in texts]
+        tokens = iter(self._encode_all(flat))
+        return [
+            texts if isinstance(texts, SampleError) else self._finish(sample, texts, [next(tokens) for _ in texts])
+            for sample, texts in zip(samples, rendered, strict=True)
+        ]
+
+    def _render(self, sample: Sample) -> list[Rendered] | SampleError:
+        try:
+            return self._renderer.render(sample)
+        except SampleError as error:
+            return error
+
+    def _finish(self, sample: Sample, texts: list[Rendered], tokens: list[_Tokens]) -> list[Encoded] | SampleError:
+        try:
+            try:
+                return [self._weigh(text, found) for text, found in zip(texts, tokens, strict=True)]
+            except _NeedsApartError:
+                apart = self._renderer.render_apart(sample)
+                found = self._encode_all(apart)
+                return [self._weigh(text, one) for text, one in zip(apart, found, strict=True)]
+        except SampleError as error:
+            return error
+
+    def _encode_all(self, texts: list[Rendered]) -> list[_Tokens]:
+        """All texts, part by part, in one call of the tokenizer, which spreads it over the cores."""
+        cuts = [[0, *(text.parts if self._joins else ()), len(text.text)] for text in texts]
+        parts = self._plain([text.text[a:b] for text, at in zip(texts, cuts, strict=True) for a, b in pairwise(at)])
+        remaining = iter(parts)
+        return [
+            _join([(start, next(remaining)) for start in at[:-1]], self._lead if text.raw else [])
+            for text, at in zip(texts, cuts, strict=True)
+        ]
+
+    def _plain(self, texts: list[str]) -> list[_Tokens]:
+        if not texts:
+            return []
+        found = self._tokenizer(
+            texts,
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        return [_Tokens(ids, offsets, {}) for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+    def _weigh(self, text: Rendered, tokens: _Tokens) -> Encoded:
+        """Weights from spans; a stop token at the end of each turn; nothing after the last learnt token."""
+        ids = list(tokens.ids)
+        weights = [0.0] * len(ids)
+        for start, end in text.spans:
+            first = self._boundary(text, tokens, start)
+            last = bisect_left(tokens.offsets, end, key=lambda span: span[0])
+            stop = self._after_stop(text, tokens, first, last)
+            learnt = stop if stop and text.turns else last
+            weights[first:learnt] = [1.0] * (learnt - first)
+            if not stop and end == len(text.text) and self._eos is not None:
+                ids.append(self._eos)
+                weights.append(1.0)
+            elif not stop and text.turns:
+                raise _NeedsApartError
+        if weights:
+            weights[0] = 0.0
+        kept = max((index + 1 for index, weight in enumerate(weights) if weight), default=0)
+        if not kept:
+            raise SampleError("", "has no token to learn", "samples with something to learn after their first token")
+        return Encoded(ids[:kept], weights[:kept])
+
+    def _boundary(self, text: Rendered, tokens: _Tokens, start: int) -> int:
+        """Index of the first token of the part of the text that begins at `start`, if one does begin there."""
+        if start == 0:
+            return 0
+        if start in tokens.cuts:
+            return tokens.cuts[start]
+        index = bisect_left(tokens.offsets, start + 1, key=lambda span: span[1])
+        if index < len(tokens.ids) and tokens.offsets[index][0] == tokens.offsets[index - 1][1] == start:
+            return index
+        # Some tokenizers leave spaces out of their offsets: only the encoding of the prompt tells.
+        prompt = (self._lead if text.raw else []) + self._plain([text.text[:start]])[0].ids
+        if tokens.ids[: len(prompt)] == prompt:
+            return len(prompt)
+        if self._joins:
+            raise _NeedsApartError
+        return index + 1
+
+    def _after_stop(self, text: Rendered, tokens: _Tokens, first: int, last: int) -> int | None:
+        """Index after the stop token that ends the turn; None if none does. Space after it is the template's."""
+        for index in range(last - 1, first - 1, -1):
+            if tokens.ids[index] in self._stops:
+                return index + 1
+            start, end = tokens.offsets[index]
+            if text.text[start:end].strip():
+                return None
+        return None
+
+
+def _join(parts: list[tuple[int, _Tokens]], lead: list[int]) -> _Tokens:
+    """Parts at their places in the text, behind `lead` unless the text brings it itself."""
+    begin = lead if parts[0][1].ids[: len(lead)] != lead else []
+    joined = _Tokens(list(begin), [(0, 0)] * len(begin), {})
+    for start, part in parts:
+        joined.cuts[start] = len(joined.ids)
+        joined.ids += part.ids
+        joined.offsets += [(first + start, last + start) for first, last in part.offsets]
+    return joined
