@@ -8,6 +8,7 @@ never taken for a hang: policies and proxies can block the way.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,11 +16,11 @@ from datetime import datetime
 from typing import NamedTuple, Protocol
 
 import aiohttp
-from pydantic import ValidationError
 
 from tuneward_api.files import Progress
 from tuneward_api.names import TRAINER_PORT
 from tuneward_operator.kube import ApiError, Kube
+from tuneward_operator.tolerant import tolerant
 
 logger = logging.getLogger(__name__)
 
@@ -143,8 +144,9 @@ class Poller:
             answer = await self._pull(
                 namespace=leader.namespace, pod=leader.pod, ip=leader.ip, port=TRAINER_PORT, path="/progress"
             )
-            progress = Progress.model_validate_json(answer)
-        except (*PULL_ERRORS, ValidationError) as error:
+            # Not orjson: a foreign trainer may say NaN, and only that number shall be lost.
+            progress = tolerant(Progress, json.loads(answer))
+        except (*PULL_ERRORS, ValueError) as error:
             logger.debug("no progress from %s/%s: %s", leader.namespace, leader.pod, error)
             self._told(False)
             return

@@ -1,0 +1,107 @@
+"""Judging a gang: whether it runs, what ended it, and what it waits for. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime, timedelta
+from typing import Final
+
+from tuneward_api.conditions import FailureClass, Phase, Reason
+from tuneward_api.failures import Failure, classify
+from tuneward_api.finetunejob import RunPolicy
+from tuneward_operator.observe import Gang, Seen, Worker, disrupted
+from tuneward_operator.views import JobView
+
+DEFAULT_START_SECONDS: Final = 1800
+MAX_WAIT_REASON: Final = 300
+
+DELETED: Final = Failure(
+    failure_class=FailureClass.INFRASTRUCTURE,
+    reason=Reason.INFRASTRUCTURE,
+    sentence="the workers' Job was deleted by somebody else",
+)
+
+# The end of one worker takes the others with it: they are told to stop, or lose their connection and ask for another try.
+# So the most telling end is the cause, not the first one seen.
+_TELLING: Final = {
+    FailureClass.INFRASTRUCTURE: 3,
+    FailureClass.UNKNOWN: 2,
+    FailureClass.PREEMPTED: 4,
+}
+
+
+def trained(seen: Seen) -> bool:
+    """Whether the training is over and only the filing is left, which no suspension saves anything of."""
+    over = seen.gang is not None and seen.gang.outcome == "Succeeded"
+    return seen.status.resolved is not None and (over or seen.status.phase == Phase.REGISTERING)
+
+
+def running(gang: Gang, replicas: int) -> bool:
+    up = [worker for worker in gang.workers if worker.phase in ("Running", "Succeeded")]
+    return len(up) >= replicas
+
+
+def over(job: JobView, workers: Iterable[Worker]) -> bool:
+    """Whether an attempt Job has ended, or is about to since one of its workers has failed."""
+    if job.conditions.keys() & {"Complete", "SuccessCriteriaMet", "Failed", "FailureTarget"}:
+        return True
+    return any(worker.launch == job.launch and worker.phase == "Failed" for worker in workers)
+
+
+def failure(gang: Gang, now: datetime, policy: RunPolicy, replicas: int) -> Failure | None:
+    """What ended the gang; None: it has not ended."""
+    if gang.job.deleting_since is not None:
+        return DELETED
+    lost = gang.lost_workers
+    if lost:
+        return min((_telling(worker, replicas) for worker in lost), key=lambda found: found[0])[1]
+    if gang.outcome == "Failed":
+        return classify(exit_code=None)
+    if not gang.suspended and not running(gang, replicas) and start_left(gang, now, policy) <= 0:
+        return Failure(
+            failure_class=FailureClass.INFRASTRUCTURE,
+            reason=Reason.START_TIMEOUT,
+            sentence=f"the gang did not start within {_start_seconds(policy)} s ({start_message(gang, replicas)})",
+        )
+    return None
+
+
+def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:
+    result = worker.result
+    said = result.reason if result is not None and result.outcome != "Succeeded" else None
+    disruption = disrupted(worker.disruption)
+    known = classify(
+        exit_code=worker.exit_code,
+        reason=said or disruption or worker.reason,
+        message=result.message if result is not None else None,
+    )
+    if replicas > 1:
+        known = replace(known, sentence=f"worker {worker.index}: {known.sentence}")
+    return (1 if disruption and not said else _TELLING.get(known.failure_class, 0)), known
+
+
+def start_message(gang: Gang, replicas: int) -> str:
+    up = sum(worker.phase in ("Running", "Succeeded") for worker in gang.workers)
+    why = next(
+        (worker.message or worker.reason for worker in gang.workers if worker.phase == "Pending" and worker.message), ""
+    )
+    return f"{up} of {replicas} workers run" + (f"; {why[:MAX_WAIT_REASON]}" if why else "")
+
+
+def start_left(gang: Gang, now: datetime, policy: RunPolicy) -> float:
+    """Seconds until the gang has taken too long; counted from its admission."""
+    began = gang.started_at or gang.job.created_at or now
+    return (began + timedelta(seconds=_start_seconds(policy)) - now).total_seconds()
+
+
+def _start_seconds(policy: RunPolicy) -> int:
+    return policy.start_timeout_seconds or DEFAULT_START_SECONDS
+
+
+def stale(leader: Worker | None, now: datetime, after: float) -> bool:
+    """No answer for too long. Not a hang: what lies between the leader and us may be at fault."""
+    if leader is None or leader.started_at is None:
+        return False
+    last = leader.heard.at if leader.heard is not None else leader.started_at
+    return (now - max(last, leader.started_at)).total_seconds() > after
