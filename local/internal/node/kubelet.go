@@ -20,14 +20,6 @@ import (
 	"k8s.io/kubernetes/pkg/kubelet/server"
 	kubeletutil "k8s.io/kubernetes/pkg/kubelet/util"
 	"k8s.io/kubernetes/pkg/util/oom"
-	"k8s.io/kubernetes/pkg/volume"
-	"k8s.io/kubernetes/pkg/volume/configmap"
-	"k8s.io/kubernetes/pkg/volume/downwardapi"
-	"k8s.io/kubernetes/pkg/volume/emptydir"
-	"k8s.io/kubernetes/pkg/volume/hostpath"
-	"k8s.io/kubernetes/pkg/volume/local"
-	"k8s.io/kubernetes/pkg/volume/projected"
-	"k8s.io/kubernetes/pkg/volume/secret"
 
 	"tuneward.dev/local/internal/cri"
 	"tuneward.dev/local/internal/gpu"
@@ -71,6 +63,8 @@ func kubeletSettings(config Config) (*kubeletconfig.KubeletConfiguration, error)
 	c.Authentication.X509.ClientCAFile = keys.Path("ca.crt")
 	c.Authentication.Anonymous.Enabled = false
 	c.ClusterDomain = "cluster.local"
+	// Nobody listens there and the runtime hands it to nobody; without one, each pod gets a warning.
+	c.ClusterDNS = []string{config.Addresses.ServiceIP()}
 	c.PodLogsDir = config.Dir.PodLogs()
 	c.MaxPods = maxPods
 	// The defaults (5 a second) make forty pods of one Job take twice as long; nothing is pulled here.
@@ -143,19 +137,6 @@ func kubeletClients(config Config, settings *kubeletconfig.KubeletConfiguration)
 	limited.Timeout = settings.NodeStatusUpdateFrequency.Duration
 	heartbeat, err = kubernetes.NewForConfig(limited)
 	return client, heartbeat, err
-}
-
-// volumePlugins leaves out what needs other machines or drivers.
-func volumePlugins() []volume.VolumePlugin {
-	var plugins []volume.VolumePlugin
-	plugins = append(plugins, emptydir.ProbeVolumePlugins()...)
-	plugins = append(plugins, hostpath.ProbeVolumePlugins(volume.VolumeConfig{})...)
-	plugins = append(plugins, local.ProbeVolumePlugins()...)
-	plugins = append(plugins, secret.ProbeVolumePlugins()...)
-	plugins = append(plugins, configmap.ProbeVolumePlugins()...)
-	plugins = append(plugins, downwardapi.ProbeVolumePlugins()...)
-	plugins = append(plugins, projected.ProbeVolumePlugins()...)
-	return plugins
 }
 
 // patchAddresses gives the node its address: the kubelet refuses loopback ones, and keeps what it finds.
