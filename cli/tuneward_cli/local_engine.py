@@ -1,0 +1,105 @@
+"""The engine as a process of this machine, with the adapters that `tuneward train` left in a store."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from pydantic import ValidationError
+
+from tuneward_api.files import FinishedAdapter, FinishReport, Plan
+from tuneward_cli.errors import CommandError
+from tuneward_cli.process import end, environment
+from tuneward_cli.voice import Voice
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job of the store that ended in an adapter."""
+
+    plan: Plan
+    adapter: FinishedAdapter
+
+
+def finished(store: Path) -> list[Finished]:
+    """Newest last."""
+    reports = sorted(store.glob("jobs/*/finish/report.json"), key=lambda file: file.stat().st_mtime)
+    found = []
+    for file in reports:
+        try:
+            report = FinishReport.model_validate_json(file.read_bytes())
+            plan = Plan.model_validate_json((file.parents[1] / "plan.json").read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if report.adapter is not None:
+            found.append(Finished(plan, report.adapter))
+    return found
+
+
+def model_folder(store: Path, job: Finished) -> Path:
+    base, request = job.plan.prepared.base, job.plan.request
+    if base.claim == request.store_claim:
+        return store / base.sub_path
+    return store / request.run_directory / "claims" / base.claim / base.sub_path
+
+
+@contextmanager
+def running(store: Path, voice: Voice) -> Iterator[str]:
+    """Base URL of an engine with the newest job's base model and every adapter of that base."""
+    store = store.absolute()
+    jobs = finished(store)
+    if not jobs:
+        raise CommandError(f"{store} holds no finished job", paste=f"tuneward train examples/finetune.yaml --store {store}")
+    base = jobs[-1].plan.prepared.base
+    process, url = _start(model_folder(store, jobs[-1]), store)
+    try:
+        with voice.waiting("loading the model"):
+            _await(process, url, store)
+            for job in jobs:
+                if job.plan.prepared.base.digest == base.digest:
+                    _load(url, job.adapter.served_name, store / job.adapter.sub_path / "adapter")
+        yield url
+    finally:
+        end(process.pid)
+
+
+def _start(model: Path, store: Path) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "tuneward_serving", "engine", "--model", str(model), "--port", str(port)]
+    with (store / "engine.log").open("wb") as log:
+        process = subprocess.Popen(
+            [*command, "--host", "127.0.0.1"],
+            env=environment({"TUNEWARD_ADAPTERS_DIR": str(store / "adapters")}),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    return process, f"http://127.0.0.1:{port}"
+
+
+def _await(process: subprocess.Popen[bytes], url: str, store: Path) -> None:
+    while process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=2, trust_env=False).is_success:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.2)
+    raise CommandError(f"the engine ended with exit code {process.returncode}", paste=f"tail -50 {store / 'engine.log'}")
+
+
+def _load(url: str, name: str, folder: Path) -> None:
+    body = {"lora_name": name, "lora_path": str(folder)}
+    answer = httpx.post(f"{url}/v1/load_lora_adapter", json=body, timeout=120, trust_env=False)
+    if answer.is_error:
+        raise CommandError(f"the engine refused the adapter {name}: {answer.text[:300]}", paste=f"ls {folder}")

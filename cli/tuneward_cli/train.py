@@ -1,0 +1,149 @@
+"""The way of a job on a workstation, read from top to bottom: lay out, prepare, attempts, finish."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from tuneward_api.conditions import FailureClass, Phase
+from tuneward_api.failures import Failure
+from tuneward_api.files import FinishReport, Plan
+from tuneward_api.finetunejob import FineTuneJob
+from tuneward_api.names import ExitCode
+from tuneward_cli import workstation
+from tuneward_cli.documents import load_valid, the_job
+from tuneward_cli.errors import CommandError
+from tuneward_cli.gang import Gang, failure_of
+from tuneward_cli.voice import Voice
+from tuneward_cli.words import losses_line, phase_line
+from tuneward_cli.workstation import Place
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tuneward train` was asked for."""
+
+    file: Path
+    store: Path
+    name: str | None = None
+    claims: tuple[tuple[str, Path], ...] = ()
+    restart: bool = False
+    workers: int | None = None
+
+
+class StopError(Exception):
+    """Ctrl-C or SIGTERM."""
+
+
+def train(options: Options, voice: Voice) -> int:
+    """Exit code. Raises CommandError with a sentence for everything that ends without a model."""
+    loaded = load_valid(options.file)
+    job = the_job(loaded, options.name)
+    place = workstation.place_of(job, options.store, dict(options.claims))
+    name = str(job.metadata["name"])
+    for item in workstation.skipped(loaded, job):
+        voice.line(f"  {item} is skipped: a workstation trains and serves nothing")
+    with _stopping():
+        try:
+            request = workstation.lay_out(place, loaded, job, restart=options.restart)
+            plan = workstation.prepare(place, request, voice)
+            _attempts(place, plan, job, options, voice)
+            report = workstation.finish(place, plan, voice)
+        except (StopError, KeyboardInterrupt) as stopped:
+            raise CommandError(
+                f"{phase_line(name, Phase.SUSPENDED)}: stopped on request; what was saved is in {place.run}",
+                paste=_again(options),
+                code=ExitCode.STOPPED,
+            ) from stopped
+    _tell(place, name, report, voice)
+    return ExitCode.OK
+
+
+def _attempts(place: Place, plan: Plan, job: FineTuneJob, options: Options, voice: Voice) -> None:
+    """Gangs, one after the other, until one succeeds or a budget is spent. A gang restarts whole."""
+    name, left, spent = str(job.metadata["name"]), workstation.budget(job.spec.run_policy), Counter[FailureClass]()
+    count = workstation.ranks(job, options.workers)
+    while (failure := _attempt(place, plan, name, count, voice)) is not None:
+        kind = failure.failure_class
+        spent[kind] += 1
+        if spent[kind] > left[kind]:
+            raise CommandError(
+                f"{phase_line(name, Phase.FAILED)}: {failure.reason}: {failure.sentence}",
+                paste=f"tail -50 {place.run / 'workers' / 'worker-0.log'}",
+                code=_code_of(failure),
+            )
+        voice.line(phase_line(name, Phase.RECOVERING, f"{failure.sentence} (try {spent[kind]} of {left[kind]})"))
+        time.sleep(min(30.0, 2.0 ** (spent[kind] - 1)))
+
+
+def _attempt(place: Place, plan: Plan, name: str, count: int, voice: Voice) -> Failure | None:
+    """One gang, from start to end; None when it succeeded."""
+    voice.line(phase_line(name, Phase.STARTING, f"{count} worker{'s' if count > 1 else ''} on this machine"))
+    gang = Gang.start(count, plan=place.plan, run=place.run, extra=workstation.mounts(place, plan))
+    try:
+        with voice.bar(f"{name}: {Phase.RUNNING}") as bar:
+            code, result = gang.watch(bar.update)
+    except (StopError, KeyboardInterrupt):
+        voice.line("… stopping: a checkpoint is being saved")
+        raise
+    finally:
+        gang.close()
+    return failure_of(code, result) if code else None
+
+
+def _code_of(failure: Failure) -> int:
+    """Exit codes as a worker has them; 1 for what has none."""
+    return {
+        FailureClass.INVALID_INPUT: int(ExitCode.DATA_BAD),
+        FailureClass.INVALID_CONFIG: int(ExitCode.CONFIG_BAD),
+        FailureClass.INFRASTRUCTURE: int(ExitCode.TRY_AGAIN),
+    }.get(failure.failure_class, 1)
+
+
+def _again(options: Options) -> str:
+    claims = "".join(f" --claim {name}={folder}" for name, folder in options.claims)
+    return f"tuneward train {options.file} --store {options.store}{claims}"
+
+
+def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
+    """Where the adapter is, what was measured, what to do next."""
+    adapter = report.adapter
+    if adapter is None:
+        raise CommandError(f"finish reported no adapter: {report.message}", paste=f"ls {place.run}")
+    metrics = adapter.metrics
+    path = place.store / adapter.sub_path / "adapter"
+    voice.done(phase_line(name, Phase.SUCCEEDED, report.message))
+    voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
+    voice.line(f"  adapter: {path}")
+    voice.line(f"next: tuneward chat --store {place.store}")
+    voice.result(
+        {
+            "job": name,
+            "phase": str(Phase.SUCCEEDED),
+            "adapter": str(path),
+            "digest": adapter.digest,
+            "servedName": adapter.served_name,
+            "metrics": metrics.to_json(),
+        }
+    )
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """SIGTERM is a Ctrl-C."""
+
+    def stop(_number: int, _frame: FrameType | None) -> Any:
+        raise StopError
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,115 @@
+"""Sentences of the command, made from status and progress; pure, so that a table can test them.
+
+`tuneward train` and `tuneward watch` go through the same functions: one vocabulary for both doors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tuneward_api.conditions import Phase
+
+_DOING: dict[str, str] = {
+    Phase.PENDING: "waits for the operator",
+    Phase.VALIDATING: "checks model and data, tokenizes",
+    Phase.QUEUED: "waits for quota",
+    Phase.STARTING: "waits for its pods",
+    Phase.RUNNING: "trains",
+    Phase.RECOVERING: "starts again from its newest checkpoint",
+    Phase.SUSPENDED: "is suspended",
+    Phase.CANCELLING: "is being cancelled",
+    Phase.REGISTERING: "checks and files the result",
+    Phase.SUCCEEDED: "ended in a model",
+    Phase.FAILED: "failed",
+    Phase.CANCELLED: "was cancelled",
+}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a bar or a line shows; the same from `status.progress` and from GET /progress."""
+
+    step: int
+    steps: int
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    eta_seconds: int | None = None
+
+    @classmethod
+    def of(cls, progress: Mapping[str, Any] | None) -> Seen:
+        """From `status.progress` or from the JSON of GET /progress: both spell their fields alike."""
+        found = progress or {}
+        return cls(
+            step=int(found.get("step") or 0),
+            steps=int(found.get("steps") or 0),
+            loss=found.get("trainLoss"),
+            tokens_per_second=found.get("tokensPerSecond"),
+            eta_seconds=found.get("etaSeconds"),
+        )
+
+
+def progress_line(seen: Seen) -> str:
+    """`step 12/25, loss 1.234, 310 tokens/s, 41s to go`; what is not known is left out."""
+    parts = [f"step {seen.step}/{seen.steps}" if seen.steps else "no step yet"]
+    if seen.loss is not None:
+        parts.append(f"loss {seen.loss:.3f}")
+    if seen.tokens_per_second:
+        parts.append(f"{seen.tokens_per_second:,.0f} tokens/s")
+    if seen.eta_seconds is not None and seen.step < seen.steps:
+        parts.append(f"{duration(seen.eta_seconds)} to go")
+    return ", ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """`41s`, `3m05s`, `2h04m`, `3d05h`: two units at most, as kubectl has it."""
+    whole = max(0, math.ceil(seconds))
+    for size, name, below, digits in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{name}{whole % size // below:02d}{digits}"
+    return f"{whole}s"
+
+
+def size(count: float) -> str:
+    """Bytes for people: `268 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 10 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def phase_line(name: str, phase: str | None, message: str | None = None) -> str:
+    """`lantern: Running (trains): step 3/25`."""
+    known = phase or Phase.PENDING
+    text = f"{name}: {known} ({_DOING.get(known, 'is in a phase that this version does not know')})"
+    return f"{text}: {message}" if message else text
+
+
+def job_line(job: Mapping[str, Any]) -> str:
+    """One line for a FineTuneJob as it is now."""
+    status = job.get("status") or {}
+    phase = status.get("phase")
+    progress = status.get("progress")
+    detail = status.get("message") or ""
+    if phase == Phase.RUNNING and progress:
+        detail = progress_line(Seen.of(progress))
+    return phase_line(job["metadata"]["name"], phase, detail)
+
+
+def condition(resource: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    """The condition of that type, or an empty one."""
+    found = (resource.get("status") or {}).get("conditions") or []
+    return next((item for item in found if item.get("type") == kind), {})
+
+
+def losses_line(before: float | None, after: float | None, train: float | None) -> str:
+    """`validation loss 3.41 before, 0.62 after; training loss 0.05`."""
+    parts = []
+    if before is not None and after is not None:
+        parts.append(f"validation loss {before:.3f} before, {after:.3f} after")
+    if train is not None:
+        parts.append(f"training loss {train:.3f}")
+    return "; ".join(parts) or "no loss was measured"

@@ -1,0 +1,266 @@
+"""`tuneward train`: the prepare, train and finish processes of a cluster, on one machine without Kubernetes.
+
+Request, plan and reports are the same files; the store's claim is a folder. What a cluster's operator decides from
+status is decided here from the run directory, so that the same command again goes on where the last one ended.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from tuneward_api import names
+from tuneward_api.conditions import FailureClass, Phase
+from tuneward_api.failures import DEFAULT_RETRIES
+from tuneward_api.files import (
+    FinishReport,
+    Images,
+    JobRef,
+    Plan,
+    PrepareReport,
+    Report,
+    Request,
+    Result,
+    canonical_json,
+)
+from tuneward_api.finetunejob import FineTuneJob, RunPolicy
+from tuneward_api.manifest import write_synced
+from tuneward_api.names import ExitCode
+from tuneward_api.uris import Uri, parse_uri
+from tuneward_cli.documents import Loaded
+from tuneward_cli.errors import CommandError
+from tuneward_cli.process import end, environment
+from tuneward_cli.voice import Voice
+from tuneward_cli.words import phase_line
+
+R = TypeVar("R", bound=Report)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Folders of one job below the store."""
+
+    store: Path
+    run: Path
+    claims: Mapping[str, Path] = field(default_factory=dict)
+
+    @property
+    def request(self) -> Path:
+        return self.run / "request.json"
+
+    @property
+    def plan(self) -> Path:
+        return self.run / "plan.json"
+
+    @property
+    def config_maps(self) -> Path:
+        return self.run / "configmaps"
+
+    @property
+    def claims_dir(self) -> Path:
+        return self.run / "claims"
+
+    def variables(self) -> dict[str, str]:
+        """What stands for the mounts of a pod."""
+        return {
+            names.ENV_STORE_DIR: str(self.store),
+            names.ENV_CLAIMS_DIR: str(self.claims_dir),
+            names.ENV_CONFIGMAPS_DIR: str(self.config_maps),
+            names.ENV_RUN_DIR: str(self.run),
+            names.ENV_ADAPTERS_DIR: str(self.store / "adapters"),
+        }
+
+
+def place_of(job: FineTuneJob, store: Path, claims: Mapping[str, Path]) -> Place:
+    store = store.absolute()
+    return Place(store=store, run=store / names.run_directory(str(job.metadata["name"]), ""), claims=claims)
+
+
+def request_of(job: FineTuneJob) -> Request:
+    name = str(job.metadata["name"])
+    return Request(
+        job=JobRef(namespace=str(job.metadata.get("namespace", "default")), name=name, uid=""),
+        spec=job.spec,
+        images=Images(trainer="this machine"),
+        store_claim=(job.spec.store.claim_name if job.spec.store else None) or names.DEFAULT_STORE_CLAIM,
+        run_directory=names.run_directory(name, ""),
+    )
+
+
+def skipped(loaded: Loaded, job: FineTuneJob) -> list[str]:
+    """The documents that a workstation has no use for, as KIND/NAME."""
+    used = {uri.authority for uri in _config_map_uris(job)}
+    found = []
+    for value in loaded.values():
+        kind, name = str(value.get("kind")), str((value.get("metadata") or {}).get("name"))
+        if (kind == "ConfigMap" and name in used) or (kind == "FineTuneJob" and name == job.metadata["name"]):
+            continue
+        found.append(f"{kind}/{name}")
+    return found
+
+
+def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) -> Request:
+    """Makes the run directory. Refuses one that belongs to another spec or to other data of the same file."""
+    if restart:
+        shutil.rmtree(place.run, ignore_errors=True)
+    request = request_of(job)
+    wanted = {place.request: canonical_json(request.to_json()), **_config_map_files(place, loaded, job)}
+    for file, text in wanted.items():
+        if file.exists() and file.read_text() != text:
+            raise CommandError(
+                f"{place.run} belongs to another version of this job ({file.name} differs); "
+                "give the job another name or begin anew",
+                paste=f"tuneward train {loaded.file} --store {place.store} --restart",
+                code=ExitCode.CONFIG_BAD,
+            )
+    try:
+        for file, text in wanted.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_synced(file, text.encode())
+        _link_claims(place, job, request.store_claim)
+    except OSError as error:
+        raise CommandError(
+            f"StoreNotWritable: {error.filename or place.store} cannot be written ({error.strerror})",
+            paste=f"tuneward train {loaded.file} --store ANOTHER_DIR",
+            code=ExitCode.CONFIG_BAD,
+        ) from error
+    return request
+
+
+def _config_map_uris(job: FineTuneJob) -> list[Uri]:
+    sets = job.spec.datasets
+    uris = [parse_uri(item.uri) for item in (*sets.training, *(sets.validation or ()))]
+    return [uri for uri in uris if uri.scheme == "configmap"]
+
+
+def _config_map_files(place: Place, loaded: Loaded, job: FineTuneJob) -> dict[Path, str]:
+    known, files = loaded.config_maps(), {}
+    for uri in _config_map_uris(job):
+        try:
+            text = known[uri.authority][uri.path]
+        except KeyError as error:
+            raise CommandError(
+                f"InputMissing: {uri} names no ConfigMap of {loaded.file}; put it into the same file",
+                paste=f"tuneward validate {loaded.file}",
+                code=ExitCode.INPUT_MISSING,
+            ) from error
+        files[place.config_maps / uri.authority / uri.path] = text
+    return files
+
+
+def _link_claims(place: Place, job: FineTuneJob, store_claim: str) -> None:
+    """Every claim but the store's is a link below one folder, as prepare's pod has them mounted."""
+    sets = job.spec.datasets
+    uris = [job.spec.model.uri, *(item.uri for item in (*sets.training, *(sets.validation or ())))]
+    needed = {uri.authority for uri in map(parse_uri, uris) if uri.scheme == "pvc"} - {store_claim}
+    place.claims_dir.mkdir(parents=True, exist_ok=True)
+    for claim in sorted(needed):
+        if claim not in place.claims:
+            raise CommandError(
+                f"InputMissing: the claim {claim} is no folder of this machine yet; say which one stands for it",
+                paste=f"tuneward train FILE --claim {claim}=DIR",
+                code=ExitCode.INPUT_MISSING,
+            )
+        link = place.claims_dir / claim
+        link.unlink(missing_ok=True)
+        link.symlink_to(place.claims[claim].absolute(), target_is_directory=True)
+
+
+def prepare(place: Place, request: Request, voice: Voice) -> Plan:
+    """Checks everything and chooses every default; the plan of an earlier run stays as it is."""
+    if place.plan.exists():
+        return Plan.model_validate_json(place.plan.read_bytes())
+    with voice.waiting(phase_line(request.job.name, Phase.VALIDATING)) as wait:
+        report = _report(place, PrepareReport, "prepare", ["--request", str(place.request)])
+        if report.prepared is None:
+            raise CommandError("prepare reported no result", paste=f"tail -50 {place.run / 'workers' / 'prepare.log'}")
+        found = report.prepared
+        data = found.data.summary
+        wait.end_with(f"{data.samples} samples, {data.tokens:,} tokens, {found.hyperparameters.steps} steps")
+    plan = Plan(request=request, prepared=found)
+    write_synced(place.plan, canonical_json(plan.to_json()).encode())
+    return plan
+
+
+def finish(place: Place, plan: Plan, voice: Voice) -> FinishReport:
+    """Checks the result, holds the gate, files the adapter."""
+    with voice.waiting(phase_line(plan.request.job.name, Phase.REGISTERING)):
+        return _report(place, FinishReport, "finish", ["--plan", str(place.plan)])
+
+
+def mounts(place: Place, plan: Plan) -> dict[str, str]:
+    """Where an attempt finds model and data."""
+    base = plan.prepared.base
+    root = place.store if base.claim == plan.request.store_claim else place.claims_dir / base.claim
+    return {
+        **place.variables(),
+        names.ENV_MODEL_DIR: str(root / base.sub_path),
+        names.ENV_DATA_DIR: str(place.store / plan.prepared.data.sub_path),
+    }
+
+
+def _report(place: Place, kind: type[R], command: str, arguments: list[str]) -> R:
+    """Runs prepare or finish to its end and reads what it said last. Raises CommandError with its sentence."""
+    folder = place.run / "workers"
+    folder.mkdir(parents=True, exist_ok=True)
+    last_words, log = folder / f"{command}.termination", folder / f"{command}.log"
+    last_words.unlink(missing_ok=True)
+    variables = {**place.variables(), names.ENV_TERMINATION_LOG: str(last_words)}
+    if command == "finish":
+        variables = {**mounts(place, Plan.model_validate_json(place.plan.read_bytes())), **variables}
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tuneward_trainer", command, *arguments],
+            env=environment(variables),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        code = process.wait()
+    except BaseException:
+        end(process.pid)
+        raise
+    try:
+        report = kind.model_validate_json(last_words.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise CommandError(
+            f"{command} ended with exit code {code} and no report", paste=f"tail -50 {log}", code=code or 1
+        ) from error
+    if report.outcome == "Failed":
+        raise CommandError(f"{report.reason}: {report.message}", paste=_remedy(place, report, log), code=code or 1)
+    return report
+
+
+def _remedy(place: Place, report: Report, log: Path) -> str:
+    """The one command that helps with a refusal of prepare or finish."""
+    if str(report.reason) == "InputMissing" and "imports/" in report.message:
+        return f"tuneward import MODEL_DIR NAME --store {place.store}"
+    return f"tail -50 {log}"
+
+
+def budget(policy: RunPolicy | None) -> dict[FailureClass, int]:
+    """Retries for each class of failure: the spec's, else the table's."""
+    asked = policy.retries.to_json() if policy and policy.retries else {}
+    return {known: int(asked.get(known[0].lower() + known[1:], count)) for known, count in DEFAULT_RETRIES.items()}
+
+
+def ranks(job: FineTuneJob, workers: int | None, *, cpus: int | None = None) -> int:
+    """Processes: what is asked for (`--workers` first), at most what this machine has."""
+    asked = workers or (job.spec.workers.replicas if job.spec.workers else None) or 1
+    return max(1, min(asked, cpus or os.cpu_count() or 1))
+
+
+def last_result(place: Place) -> Result | None:
+    """The newest attempt's."""
+    found = sorted(place.run.glob("attempts/*/result.json"), key=lambda file: int(file.parent.name))
+    return Result.model_validate_json(found[-1].read_bytes()) if found else None
