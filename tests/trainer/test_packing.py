@@ -63,14 +63,10 @@ def test_steps_of_an_epoch(sizes: list[int], sequence_length: int, batch_tokens:
 
 
 @pytest.mark.parametrize("batch_tokens", [16, 64, 100, 777, 4096, 10**6])
-@pytest.mark.parametrize("mode", ["packed", "single"])
-def test_steps_hold_every_bin_in_order_and_none_is_empty(batch_tokens: int, mode: str) -> None:
+def test_steps_hold_every_bin_in_order_and_none_is_empty(batch_tokens: int) -> None:
     sizes = lengths(300, 64, seed=batch_tokens)
     count = packing.steps_per_epoch(sizes, sequence_length=64, batch_tokens=batch_tokens)
-    if mode == "packed":
-        found = packing.bins(sizes, seed=0, epoch=0, sequence_length=64)
-    else:
-        found = packing.single_bins(sizes, seed=0, epoch=0)
+    found = packing.bins(sizes, seed=0, epoch=0, sequence_length=64)
     cut = packing.steps(found, sizes, count=count)
     assert [packed for step in cut for packed in step] == found
     assert len(cut) == count

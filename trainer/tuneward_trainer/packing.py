@@ -71,11 +71,6 @@ def _best_fit(window: list[int], sizes: list[int], capacity: int) -> list[list[i
     return packed
 
 
-def single_bins(lengths: NDArray[np.int32], *, seed: int, epoch: int) -> list[list[int]]:
-    """OneDocument mode: each document is a bin of its own, in the epoch's order."""
-    return [[document] for document in permutation(len(lengths), seed, epoch, 0)]
-
-
 def steps_per_epoch(lengths: NDArray[np.int32], *, sequence_length: int, batch_tokens: int) -> int:
     """Optimizer steps of one epoch: the same for every epoch and every packing, and at least one.
 

@@ -86,6 +86,14 @@ class Documents:
         """(index of the file, line) of a document, without its ids."""
         return int(self._columns["files"][index]), int(self._columns["lines"][index])
 
+    def start(self, index: int) -> int:
+        """Place of the document's first id; copies share it."""
+        return int(self._columns["starts"][index])
+
+    def places(self) -> NDArray[np.int32]:
+        """(index of the file, line) of every document: int32 [documents, 2]."""
+        return np.stack([self._columns["files"], self._columns["lines"]], axis=1)
+
     def tokens(self) -> int:
         """Tokens of one epoch, copies counted."""
         return int(self.lengths.sum(dtype=np.int64))

@@ -67,17 +67,22 @@ class Problems:
         for problem in problems:
             self.add(problem)
 
+    def ordered(self) -> list[Problem]:
+        """Files in the order they were read, lines in the order they stand: batches find them in another."""
+        files = {problem.file: index for index, problem in reversed(list(enumerate(self.kept)))}
+        return sorted(self.kept, key=lambda problem: (files[problem.file], problem.line))
+
     def lines(self) -> list[str]:
         """One line a problem, and one for those that were not kept."""
         more = self.count - len(self.kept)
-        return [str(problem) for problem in self.kept] + ([f"… and {more} more"] if more else [])
+        return [str(problem) for problem in self.ordered()] + ([f"… and {more} more"] if more else [])
 
     def summary(self, limit: int) -> str:
         """As many problems as fit `limit` characters, after their number."""
         noun = "problem" if self.count == 1 else "problems"
         text = f"{self.count} {noun} in the data: "
         shown = 0
-        for problem in self.kept:
+        for problem in self.ordered():
             line = str(problem)
             if len(text) + len(line) + 40 > limit:
                 break
