@@ -1,0 +1,364 @@
+"""A namespace of a real API server, an operator process in it, and a hand that plays the kubelet and the trainer."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import signal
+import ssl
+import subprocess
+import sys
+import tempfile
+import threading
+from contextlib import suppress
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import yaml
+from tests.support.cluster import Cluster
+from tests.support.wait import wait_for
+
+from tuneward_api.names import API_VERSION, TRAINER_PORT
+
+Object = dict[str, Any]
+
+PATHS = {
+    "FineTuneJob": f"/apis/{API_VERSION}",
+    "FineTunedModel": f"/apis/{API_VERSION}",
+    "ModelServer": f"/apis/{API_VERSION}",
+    "Job": "/apis/batch/v1",
+    "Pod": "/api/v1",
+    "ConfigMap": "/api/v1",
+    "Service": "/api/v1",
+    "Event": "/api/v1",
+    "PersistentVolumeClaim": "/api/v1",
+}
+
+DIGEST = "sha256:" + "ab" * 32
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def client(kubeconfig: Path) -> httpx.Client:
+    """With the kubeconfig's certificate; the tests' own view of the cluster, not the operator's."""
+    config = yaml.safe_load(kubeconfig.read_text())
+    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
+    authority = base64.b64decode(cluster["certificate-authority-data"]).decode()
+    context = ssl.create_default_context(cadata=authority)
+    with tempfile.NamedTemporaryFile(suffix=".pem") as pem:
+        pem.write(base64.b64decode(user["client-certificate-data"]) + b"\n" + base64.b64decode(user["client-key-data"]))
+        pem.flush()
+        context.load_cert_chain(pem.name)
+    return httpx.Client(base_url=cluster["server"], verify=context, trust_env=False, timeout=30)
+
+
+class World:
+    """Everything is of one namespace. Methods raise AssertionError with what the API server said."""
+
+    def __init__(self, cluster: Cluster, namespace: str, api: httpx.Client) -> None:
+        self.cluster = cluster
+        self.namespace = namespace
+        self.api = api
+        self.operators: list[subprocess.Popen[str]] = []
+        self.leaders: list[Leader] = []
+
+    # The API
+
+    def path(self, kind: str, name: str = "", subresource: str = "") -> str:
+        plural = kind.lower() + "s"
+        parts = [PATHS[kind], "namespaces", self.namespace, plural, name, subresource]
+        return "/".join(part for part in parts if part)
+
+    def create(self, body: Object) -> Object:
+        return self._checked(self.api.post(self.path(body["kind"]), json=body))
+
+    def find(self, kind: str, name: str) -> Object | None:
+        answer = self.api.get(self.path(kind, name))
+        return None if answer.status_code == 404 else self._checked(answer)
+
+    def get(self, kind: str, name: str) -> Object:
+        return self._checked(self.api.get(self.path(kind, name)))
+
+    def list(self, kind: str, selector: str = "") -> list[Object]:
+        items: list[Object] = self._checked(self.api.get(self.path(kind), params={"labelSelector": selector}))["items"]
+        return items
+
+    def patch(self, kind: str, name: str, body: Object, *, subresource: str = "", manager: str = "somebody") -> Object:
+        headers = {"Content-Type": "application/merge-patch+json"}
+        path = self.path(kind, name, subresource)
+        return self._checked(
+            self.api.patch(path, params={"fieldManager": manager}, content=json.dumps(body), headers=headers)
+        )
+
+    def delete(self, kind: str, name: str, *, now: bool = False) -> None:
+        body: Object = {"propagationPolicy": "Background"}
+        if now:
+            body["gracePeriodSeconds"] = 0
+        answer = self.api.request("DELETE", self.path(kind, name), json=body)
+        assert answer.status_code in (200, 202, 404), answer.text
+
+    @staticmethod
+    def _checked(answer: httpx.Response) -> Object:
+        assert answer.is_success, f"{answer.request.method} {answer.request.url}: {answer.text}"
+        found: Object = answer.json()
+        return found
+
+    # The operator
+
+    def operate(self, *flags: str) -> subprocess.Popen[str]:
+        """Starts one more operator process over this namespace, quick in all its waits."""
+        command = [
+            *(sys.executable, "-m", "tuneward_operator", "run"),
+            *("--kubeconfig", str(self.cluster.kubeconfig), "--namespaces", self.namespace),
+            *("--image-trainer", "trainer:1", "--health-port", "0", "--log-format", "text"),
+            *("--retry-seconds", "0.1", "--poll-seconds", "0.2"),
+            *flags,
+        ]
+        log = Path(tempfile.gettempdir()) / f"operator-{self.namespace}-{len(self.operators)}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
+        self.operators.append(process)
+        return process
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def end(self) -> None:
+        for process in self.operators:
+            self.kill(process)
+        for leader in self.leaders:
+            leader.close()
+
+    # The job
+
+    def submit(self, name: str = "bot", *, labels: dict[str, str] | None = None, **spec: Any) -> Object:
+        body = {
+            "apiVersion": API_VERSION,
+            "kind": "FineTuneJob",
+            "metadata": {"name": name, "labels": labels or {}},
+            "spec": {
+                "model": {"uri": "pvc://tuneward-store/imports/tiny"},
+                "datasets": {"training": [{"uri": "configmap://chats/chats.jsonl"}]},
+                "workers": {"gpusPerWorker": 0},
+                **spec,
+            },
+        }
+        return self.create(body)
+
+    def status(self, name: str = "bot") -> Object:
+        found: Object = self.get("FineTuneJob", name).get("status", {})
+        return found
+
+    def wait_phase(self, phase: str, name: str = "bot", timeout: float = 30) -> Object:
+        seen: list[object] = []
+
+        def reached() -> Object | None:
+            status = self.status(name)
+            if not seen or seen[-1] != (status.get("phase"), status.get("message")):
+                seen.append((status.get("phase"), status.get("message")))
+            return status if status.get("phase") == phase else None
+
+        try:
+            return wait_for(reached, what=f"phase {phase}", timeout=timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\nphases: {seen}\n{self.logs()}") from error
+
+    def wait(self, kind: str, name: str) -> Object:
+        try:
+            return wait_for(lambda: self.find(kind, name), what=f"{kind} {name}", timeout=30)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.logs()}") from error
+
+    def wait_gone(self, kind: str, name: str) -> None:
+        wait_for(lambda: self.find(kind, name) is None, what=f"{kind} {name} to go", timeout=30)
+
+    def logs(self) -> str:
+        files = sorted(Path(tempfile.gettempdir()).glob(f"operator-{self.namespace}-*.log"))
+        return "\n".join(file.read_text()[-4000:] for file in files)
+
+    def condition(self, kind: str, name: str = "bot") -> Object:
+        return next(found for found in self.status(name)["conditions"] if found["type"] == kind)
+
+    # The kubelet's part
+
+    def pods_of(self, job: str, count: int = 1) -> list[Object]:
+        """Living pods of a Job, by index; waits until there are `count`."""
+
+        def enough() -> list[Object] | None:
+            pods = self.list("Pod", f"batch.kubernetes.io/job-name={job}")
+            living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
+            return living if len(living) >= count else None
+
+        return sorted(wait_for(enough, what=f"{count} pods of {job}", timeout=30), key=lambda pod: pod["metadata"]["name"])
+
+    def runs(self, pod: Object, ip: str = "") -> None:
+        state = {"running": {"startedAt": now()}}
+        self._pod_status(pod, "Running", state, ready=True, ip=ip)
+
+    def ends(self, pod: Object, exit_code: int, message: Object | str = "", reason: str = "") -> None:
+        text = message if isinstance(message, str) else json.dumps(message)
+        state = {
+            "terminated": {
+                "exitCode": exit_code,
+                "reason": reason or ("Completed" if exit_code == 0 else "Error"),
+                "message": text,
+                "startedAt": now(),
+                "finishedAt": now(),
+            }
+        }
+        self._pod_status(pod, "Succeeded" if exit_code == 0 else "Failed", state, ready=False)
+
+    def _pod_status(self, pod: Object, phase: str, state: Object, *, ready: bool, ip: str = "") -> None:
+        container = {
+            "name": pod["spec"]["containers"][0]["name"],
+            "image": "x",
+            "imageID": "x",
+            "restartCount": 0,
+            "ready": ready,
+            "state": state,
+        }
+        status: Object = {
+            "phase": phase,
+            "containerStatuses": [container],
+            "conditions": [{"type": "Ready", "status": str(ready)}],
+        }
+        if ip:
+            status |= {"podIP": ip, "podIPs": [{"ip": ip}]}
+        self.patch("Pod", pod["metadata"]["name"], {"status": status}, subresource="status", manager="kubelet")
+
+    # The trainer's part
+
+    def prepare_done(self, name: str = "bot") -> None:
+        (pod,) = self.pods_of(f"{name}-prepare")
+        self.ends(pod, 0, prepare_report())
+
+    def finish_done(self, name: str = "bot") -> None:
+        (pod,) = self.pods_of(f"{name}-finish")
+        self.ends(pod, 0, finish_report())
+
+    def leader(self, pod: Object, **progress: Any) -> Leader:
+        """Runs the pod with an HTTP port that tells `progress`."""
+        leader = Leader(pod["metadata"]["uid"], progress)
+        self.leaders.append(leader)
+        self.runs(pod, leader.ip)
+        return leader
+
+
+class Leader:
+    """A worker's port 8787 on a loopback address of its own."""
+
+    def __init__(self, pod_uid: str, progress: Object) -> None:
+        self.progress: Object = {"podUID": pod_uid, "phase": "Training", "steps": 100, **progress}
+        self.ip = f"127.{secrets.randbelow(100) + 100}.{secrets.randbelow(254) + 1}.{secrets.randbelow(254) + 1}"
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                body = json.dumps(outer.progress).encode()
+                self.send_response(200)
+                self.end_headers()
+                with suppress(OSError):
+                    self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                return
+
+        self.server = ThreadingHTTPServer((self.ip, TRAINER_PORT), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def prepare_report() -> Object:
+    return {
+        "outcome": "Done",
+        "reason": "Validated",
+        "message": "ok",
+        "prepared": {
+            "base": {
+                "uri": "pvc://tuneward-store/imports/tiny",
+                "key": "k1",
+                "digest": DIGEST,
+                "architecture": "LlamaForCausalLM",
+                "parameters": 1000,
+                "claim": "tuneward-store",
+                "subPath": "imports/tiny",
+            },
+            "data": {
+                "subPath": "data/d1",
+                "summary": {"digest": DIGEST, "samples": 10, "tokens": 100, "targetTokens": 50, "validationSamples": 0},
+            },
+            "method": {
+                "type": "LoRA",
+                "rank": 16,
+                "alpha": 32,
+                "dropout": 0,
+                "rsLoRA": False,
+                "targetModules": ["q_proj"],
+                "trainableParameters": 10,
+            },
+            "hyperparameters": {
+                "epochs": 3,
+                "steps": 100,
+                "learningRate": 0.0004,
+                "scheduler": "Cosine",
+                "warmupFraction": 0.05,
+                "weightDecay": 0,
+                "maxGradNorm": 1,
+                "sequenceLength": 128,
+                "batchTokens": 4096,
+                "seed": 0,
+            },
+            "packing": {"mode": "Packed", "reason": "agrees", "patches": []},
+        },
+    }
+
+
+def result(pod: Object, attempt: int, *, outcome: str = "Succeeded", exit_code: int = 0, **more: Any) -> Object:
+    reason = {"Succeeded": "Succeeded", "Stopped": "Preempted"}.get(outcome, "Unknown")
+    return {
+        "attempt": attempt,
+        "podUID": pod["metadata"]["uid"],
+        "planDigest": DIGEST,
+        "outcome": outcome,
+        "exitCode": exit_code,
+        "reason": reason,
+        "message": outcome,
+        "step": 100,
+        "steps": 100,
+        "finishedAt": now(),
+        **more,
+    }
+
+
+def saved(step: int) -> Object:
+    return {"step": step, "digest": DIGEST, "savedAt": now(), "directory": f"checkpoints/step-{step:08}"}
+
+
+def finish_report() -> Object:
+    return {
+        "outcome": "Done",
+        "reason": "Succeeded",
+        "message": "ok",
+        "adapter": {
+            "subPath": f"adapters/sha256-{DIGEST.removeprefix('sha256:')}",
+            "digest": DIGEST,
+            "size": 123,
+            "rank": 16,
+            "alpha": 32,
+            "targetModules": ["q_proj"],
+            "servedName": "ft:tiny:bot:20261125:abababab",
+            "attempt": 1,
+            "step": 100,
+            "metrics": {"trainLoss": 0.5, "validationLossBefore": 2.5, "validationLossAfter": 1.5, "steps": 100},
+        },
+    }
