@@ -67,7 +67,7 @@ func up(args []string) error {
 		return fmt.Errorf("%w (pid %d): %s", layout.ErrRunning, holder, dir)
 	}
 	if options.Detach {
-		return cli.Detach(os.Args[1:], dir.Log())
+		return cli.Detach(os.Args[1:], options.LogPath(dir))
 	}
 	config := server.Config{Options: options, Dir: dir}
 	if !options.ControlPlaneOnly {

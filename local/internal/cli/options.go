@@ -11,6 +11,8 @@ import (
 	"strings"
 
 	"github.com/spf13/pflag"
+
+	"tuneward.dev/local/internal/layout"
 )
 
 // UpOptions are the flags of `up`.
@@ -22,6 +24,7 @@ type UpOptions struct {
 	Images           map[string]string
 	Detach           bool
 	NoFsync          bool
+	Log              string
 }
 
 // ErrUsage is an error in the command line itself: exit code 2.
@@ -41,6 +44,7 @@ func ParseUp(args []string) (UpOptions, error) {
 	flags.StringArrayVar(&images, "image", nil, "NAME=DIR: pods with this image get DIR as their root directory (may be repeated)")
 	flags.BoolVar(&o.Detach, "detach", false, "return when the cluster is usable and leave it running")
 	flags.BoolVar(&o.NoFsync, "no-fsync", false, "do not wait for the disk: faster, and a power cut may lose the cluster")
+	flags.StringVar(&o.Log, "log", "", "the file for the components' log (default: local.log in the data directory)")
 	if err := parse(flags, args); err != nil {
 		return o, err
 	}
@@ -51,9 +55,17 @@ func ParseUp(args []string) (UpOptions, error) {
 	if o.Images, err = parseImages(images); err != nil {
 		return o, err
 	}
-	o.PathPrefix, err = absolute(o.PathPrefix)
+	if o.PathPrefix, err = absolute(o.PathPrefix); err != nil {
+		return o, err
+	}
+	if o.Log != "" {
+		o.Log, err = filepath.Abs(o.Log)
+	}
 	return o, err
 }
+
+// LogPath is where the components' log goes.
+func (o UpOptions) LogPath(dir layout.Dir) string { return orDefault(o.Log, dir.Log()) }
 
 // DownOptions are the flags of `down`.
 type DownOptions struct {

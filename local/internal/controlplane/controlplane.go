@@ -27,6 +27,8 @@ type Config struct {
 	Dir       layout.Dir
 	Addresses layout.State
 	NoFsync   bool
+	// Log is the file etcd logs to.
+	Log string
 }
 
 // ControlPlane is the running control plane.
@@ -55,7 +57,7 @@ func Start(ctx context.Context, config Config) (*ControlPlane, error) {
 	if cp.Client, err = kubernetes.NewForConfig(restConfig); err != nil {
 		return nil, err
 	}
-	if cp.etcd, err = startEtcd(config.Dir.Etcd(), config.Dir.Log(), config.NoFsync); err != nil {
+	if cp.etcd, err = startEtcd(config.Dir.Etcd(), config.Log, config.NoFsync); err != nil {
 		return nil, err
 	}
 	apiContext, stopAPI := context.WithCancel(context.WithoutCancel(ctx))

@@ -57,9 +57,10 @@ func Run(config Config) error {
 	if err := writeKeys(dir, addresses.State); err != nil {
 		return err
 	}
-	terminal, err := redirectOutput(dir.Log())
+	log := config.Options.LogPath(dir)
+	terminal, err := redirectOutput(log)
 	if err != nil {
-		return fmt.Errorf("cannot write the log %s: %w", dir.Log(), err)
+		return fmt.Errorf("cannot write the log %s: %w", log, err)
 	}
 	return serve(ctx, config, addresses.State, terminal)
 }
@@ -83,13 +84,15 @@ func apiURL(addresses layout.State) string {
 func serve(ctx context.Context, config Config, addresses layout.State, terminal *os.File) error {
 	started := time.Now()
 	dir := config.Dir
-	plane, err := controlplane.Start(ctx, controlplane.Config{Dir: dir, Addresses: addresses, NoFsync: config.Options.NoFsync})
+	plane, err := controlplane.Start(ctx, controlplane.Config{
+		Dir: dir, Addresses: addresses, NoFsync: config.Options.NoFsync, Log: config.Options.LogPath(dir),
+	})
 	if err != nil {
-		return logged(err, dir)
+		return logged(err, config)
 	}
 	if err := awaitUsable(ctx, config, addresses, plane); err != nil {
 		plane.Stop()
-		return logged(err, dir)
+		return logged(err, config)
 	}
 	info := layout.ReadyInfo{
 		PID: os.Getpid(), APIURL: apiURL(addresses), StartedAt: started.UTC().Format(time.RFC3339),
@@ -110,7 +113,7 @@ func serve(ctx context.Context, config Config, addresses layout.State, terminal 
 	endWithin(3500 * time.Millisecond)
 	plane.Stop()
 	if err != nil {
-		return logged(err, dir)
+		return logged(err, config)
 	}
 	return nil
 }
@@ -140,9 +143,9 @@ func endWithin(limit time.Duration) {
 	time.AfterFunc(limit, func() { os.Exit(0) })
 }
 
-func logged(err error, dir layout.Dir) error {
+func logged(err error, config Config) error {
 	klog.ErrorS(err, "The cluster ends")
-	return fmt.Errorf("%w; the components' log is %s", err, dir.Log())
+	return fmt.Errorf("%w; the components' log is %s", err, config.Options.LogPath(config.Dir))
 }
 
 // awaitDefaultAccount waits for what the first pod needs, the controllers' first work.
