@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuneward_api.loader import load_documents
+from tuneward_api.names import LABEL_JOB
 from tuneward_cli import chat, cluster, importing, look
 from tuneward_cli.chat import Talk
 from tuneward_cli.errors import INTERRUPTED, CommandError
 from tuneward_cli.home import DEMO_MODEL, Home, demo_model, required_tree
-from tuneward_cli.kube import JOBS, MODELS, SERVERS, Json, Kind, Kube
+from tuneward_cli.kube import BATCH_JOBS, CONFIG_MAPS, JOBS, MODELS, PODS, SERVERS, Json, Kind, Kube
 from tuneward_cli.voice import Voice
 from tuneward_cli.words import condition, losses_line
 
@@ -124,7 +125,9 @@ def _begin(kube: Kube, example: Example, voice: Voice) -> None:
     name = example.of_kind("FineTuneJob")["metadata"]["name"]
     if kube.get(JOBS, name) is not None:
         with voice.waiting(f"the job {name} of an earlier run is deleted"):
-            kube.delete(JOBS, name, gone_within=180)
+            kube.delete(JOBS, name, gone_within=60)
+            # Its children have the new job's names: they must be gone first.
+            kube.await_none((PODS, BATCH_JOBS, CONFIG_MAPS), f"{LABEL_JOB}={name}", within=180)
     for document in example.documents:
         if document["kind"] != "FineTuneJob":
             kube.apply(document)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -43,7 +43,8 @@ MODELS: Final = Kind(API_VERSION, "finetunedmodels")
 SERVERS: Final = Kind(API_VERSION, "modelservers")
 PODS: Final = Kind("v1", "pods")
 CLAIMS: Final = Kind("v1", "persistentvolumeclaims")
-DEPLOYMENTS: Final = Kind("apps/v1", "deployments")
+BATCH_JOBS: Final = Kind("batch/v1", "jobs")
+CONFIG_MAPS: Final = Kind("v1", "configmaps")
 
 
 @dataclass
@@ -183,10 +184,9 @@ class Kube:
         return self._kinds[key]
 
     def delete(self, kind: Kind, name: str, *, gone_within: float | None = None) -> bool:
-        """Whether there was one. With `gone_within`, waits until the object and its children are gone."""
-        policy = "Foreground" if gone_within else "Background"
+        """Whether there was one. With `gone_within`, waits until it is gone; its children follow."""
         try:
-            self.call("DELETE", kind.path(self.namespace, name), query={"propagationPolicy": policy})
+            self.call("DELETE", kind.path(self.namespace, name), query={"propagationPolicy": "Background"})
         except RefusedError as refused:
             if refused.code == 404:
                 return False
@@ -197,6 +197,17 @@ class Kube:
                 raise CommandError(f"{kind.plural}/{name} is still there {gone_within:.0f} s after its deletion")
             time.sleep(0.2)
         return True
+
+    def await_none(self, kinds: Sequence[Kind], selector: str, *, within: float) -> None:
+        """Until the garbage collector has taken the last object with these labels."""
+        deadline = time.monotonic() + within
+        while left := [item for kind in kinds for item in self.list(kind, selector)]:
+            if time.monotonic() > deadline:
+                names = ", ".join(item["metadata"]["name"] for item in left[:5])
+                raise CommandError(
+                    f"still there {within:.0f} s after the deletion: {names}", paste=f"kubectl get all -l {selector}"
+                )
+            time.sleep(0.3)
 
     def core(self) -> Any:
         """The generated client, for exec and port-forward, which are websockets."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from tuneward_api.conditions import FINAL_PHASES, Phase, Reason
-from tuneward_api.names import LABEL_JOB, LABEL_ROLE, ExitCode
+from tuneward_api.names import LABEL_JOB, ExitCode
 from tuneward_cli.errors import CommandError
 from tuneward_cli.kube import JOBS, PODS, Json, Kube
 from tuneward_cli.voice import Voice
@@ -99,11 +99,7 @@ def newest_pod(pods: list[Json], worker: int) -> Json | None:
     wanted = [
         pod
         for pod in pods
-        if (pod["status"].get("phase") != "Pending")
-        and (
-            pod["metadata"]["labels"].get(LABEL_ROLE) != "worker"
-            or pod["metadata"]["labels"].get(index) in (None, str(worker))
-        )
+        if pod["status"].get("phase") != "Pending" and pod["metadata"]["labels"].get(index) in (None, str(worker))
     ]
     workers = [pod for pod in wanted if index in pod["metadata"]["labels"]]
     return max(workers or wanted, key=lambda pod: str(pod["metadata"]["creationTimestamp"]), default=None)

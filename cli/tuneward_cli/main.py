@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeAlias
 
 from tuneward_api.names import ExitCode
 from tuneward_cli.errors import INTERRUPTED, NOT_RUNNING, CommandError, RefusedError
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-Commands = argparse._SubParsersAction[_Parser]
+Commands: TypeAlias = "argparse._SubParsersAction[_Parser]"
 """What `add_subparsers` returns; argparse has no public name for it."""
 
 

@@ -1,0 +1,69 @@
+"""The sentences, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tuneward_api.conditions import Phase
+from tuneward_cli import words
+from tuneward_cli.words import Seen
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(-1, "0s"), (0, "0s"), (0.2, "1s"), (59, "59s"), (61, "1m01s"), (3599, "59m59s"), (7440, "2h04m"), (277200, "3d05h")],
+)
+def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
+    assert words.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1500, "2 kB"), (3_200_000, "3.2 MB"), (269e6, "269 MB"), (5.1e12, "5.1 TB")],
+)
+def test_sizes(count: float, text: str) -> None:
+    assert words.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seen", "text"),
+    [
+        (Seen(0, 0), "no step yet"),
+        (Seen(0, 25), "step 0/25"),
+        (Seen(3, 25, 1.2345, 311.6, 71), "step 3/25, loss 1.234, 312 tokens/s, 1m11s to go"),
+        (Seen(25, 25, 0.05, 300.0, 0), "step 25/25, loss 0.050, 300 tokens/s"),
+    ],
+)
+def test_progress_leaves_out_what_is_not_known(seen: Seen, text: str) -> None:
+    assert words.progress_line(seen) == text
+
+
+@pytest.mark.parametrize(
+    ("status", "line"),
+    [
+        ({}, "lantern: Pending (waits for the operator)"),
+        (
+            {"phase": "Validating", "message": "prepare runs"},
+            "lantern: Validating (checks model and data, tokenizes): prepare runs",
+        ),
+        (
+            {"phase": "Running", "message": "step 1", "progress": {"step": 1, "steps": 9, "trainLoss": 2.0}},
+            "lantern: Running (trains): step 1/9, loss 2.000",
+        ),
+        ({"phase": "Failed", "message": "DataInvalid: line 3"}, "lantern: Failed (failed): DataInvalid: line 3"),
+    ],
+)
+def test_a_job_in_one_line(status: dict[str, Any], line: str) -> None:
+    assert words.job_line({"metadata": {"name": "lantern"}, "status": status}) == line
+
+
+def test_every_phase_has_its_words() -> None:
+    for phase in Phase:
+        assert "does not know" not in words.phase_line("x", phase)
+
+
+def test_losses() -> None:
+    assert words.losses_line(3.41, 0.62, 0.05) == "validation loss 3.410 before, 0.620 after; training loss 0.050"
+    assert words.losses_line(None, None, None) == "no loss was measured"

@@ -1,0 +1,123 @@
+"""What `tuneward train` decides from the run directory, before any process starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tuneward_api.conditions import FailureClass
+from tuneward_api.failures import DEFAULT_RETRIES
+from tuneward_api.finetunejob import RunPolicy
+from tuneward_cli import workstation
+from tuneward_cli.documents import Loaded, load, load_valid, the_job
+from tuneward_cli.errors import CommandError
+
+JOB = """\
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: facts}
+data: {train.jsonl: "{}"}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: other}
+---
+apiVersion: tuneward.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: small}
+spec:
+  model: {uri: pvc://tuneward-store/imports/m}
+  datasets: {training: [{uri: configmap://facts/train.jsonl}, {uri: pvc://chats/a.jsonl}]}
+  hyperparameters: {learningRate: 1e-4}
+  workers: {replicas: 4, gpusPerWorker: 0}
+"""
+
+
+def written(folder: Path, text: str = JOB) -> Loaded:
+    file = folder / "job.yaml"
+    file.write_text(text)
+    return load_valid(file)
+
+
+def laid_out(folder: Path, loaded: Loaded, *, restart: bool = False) -> workstation.Place:
+    job = the_job(loaded)
+    place = workstation.place_of(job, folder / "store", {"chats": folder / "chats"})
+    workstation.lay_out(place, loaded, job, restart=restart)
+    return place
+
+
+def test_the_run_directory_has_what_prepare_mounts(tmp_path: Path) -> None:
+    place = laid_out(tmp_path, written(tmp_path))
+    assert place.run == tmp_path / "store" / "jobs" / "small"
+    assert (place.config_maps / "facts" / "train.jsonl").read_text() == "{}"
+    assert (place.claims_dir / "chats").readlink() == tmp_path / "chats"
+    assert '"uid":""' in place.request.read_text()
+
+
+def test_the_same_file_again_goes_on(tmp_path: Path) -> None:
+    laid_out(tmp_path, written(tmp_path))
+    laid_out(tmp_path, written(tmp_path))
+
+
+@pytest.mark.parametrize(("old", "new"), [("1e-4", "2e-4"), ('"{}"', '"{1}"')], ids=["spec", "data"])
+def test_another_spec_or_other_data_is_refused_until_restart(tmp_path: Path, old: str, new: str) -> None:
+    place = laid_out(tmp_path, written(tmp_path))
+    (place.run / "marker").write_text("")
+    changed = written(tmp_path, JOB.replace(old, new))
+    with pytest.raises(CommandError, match="belongs to another version of this job") as caught:
+        laid_out(tmp_path, changed)
+    assert caught.value.code == 78
+    assert "--restart" in caught.value.paste
+    laid_out(tmp_path, changed, restart=True)
+    assert not (place.run / "marker").exists()
+
+
+def test_a_claim_without_a_folder_is_named(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    job = the_job(loaded)
+    with pytest.raises(CommandError, match="the claim chats is no folder") as caught:
+        workstation.lay_out(workstation.place_of(job, tmp_path, {}), loaded, job, restart=False)
+    assert caught.value.paste == "tuneward train FILE --claim chats=DIR"
+    assert caught.value.code == 66
+
+
+def test_a_config_map_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CommandError, match=r"configmap://facts/train\.jsonl names no ConfigMap"):
+        laid_out(tmp_path, written(tmp_path, JOB.replace("name: facts", "name: fiction")))
+
+
+def test_other_kinds_are_named_and_skipped(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    assert workstation.skipped(loaded, the_job(loaded)) == ["Service/other"]
+
+
+def test_two_jobs_need_a_name(tmp_path: Path) -> None:
+    second = JOB.split("---\n")[-1].replace("name: small", "name: large")
+    loaded = written(tmp_path, f"{JOB}---\n{second}")
+    with pytest.raises(CommandError, match="it holds: small, large"):
+        the_job(loaded)
+    assert the_job(loaded, "large").metadata["name"] == "large"
+
+
+def test_all_problems_of_a_file_are_shown_with_their_lines(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(JOB.replace("1e-4", "-1").replace("replicas: 4", "replicas: many"))
+    assert [problem.line for problem in load(file).problems] == [16, 17]
+    with pytest.raises(CommandError, match=r"learningRate[^\n]*\n[^\n]*replicas"):
+        load_valid(file)
+
+
+def test_ranks_are_at_most_what_the_machine_has(tmp_path: Path) -> None:
+    job = the_job(written(tmp_path))
+    assert workstation.ranks(job, None, cpus=2) == 2
+    assert workstation.ranks(job, 1, cpus=2) == 1
+    assert workstation.ranks(job, None, cpus=64) == 4
+
+
+def test_budgets_come_from_the_spec_first() -> None:
+    policy = RunPolicy.model_validate({"retries": {"infrastructure": 0, "outOfMemory": 7}})
+    budget = workstation.budget(policy)
+    assert budget[FailureClass.INFRASTRUCTURE] == 0
+    assert budget[FailureClass.OUT_OF_MEMORY] == 7
+    assert budget[FailureClass.HANG] == DEFAULT_RETRIES[FailureClass.HANG]
