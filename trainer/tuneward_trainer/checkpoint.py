@@ -1,0 +1,179 @@
+"""Checkpoints: `checkpoints/step-00000100.a<attempt>/`, complete once MANIFEST.json is there.
+
+One holds the trained tensors, the optimizer's state and the step; order, learning rate and dropout follow from the
+step. Beside it the manifest of circumstances: another base, data or shape refuses a resume, another torch, device or
+thread count makes it `equivalent` instead of `exact` and loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tuneward_api import manifest
+from tuneward_api.files import Plan, SavedCheckpoint
+from tuneward_trainer.endings import ConfigBadError
+from tuneward_trainer.engine import State
+from tuneward_trainer.rundir import now
+
+FOLDER: Final = "checkpoints"
+_NAME: Final = re.compile(r"^step-(\d{8,})\.a(\d+)$")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete one, read back."""
+
+    step: int
+    state: State
+    resume: str
+    """exact, or equivalent and why."""
+    saved: SavedCheckpoint
+    notes: dict[str, float]
+    """Values that could be computed again, such as the base model's validation loss."""
+
+
+def identity(plan: Plan, shapes: dict[str, list[int]]) -> dict[str, Any]:
+    """What must be equal for a resume at all."""
+    return {"base": plan.prepared.base.digest, "data": plan.prepared.data.summary.digest, "shapes": shapes}
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What must be equal for a resume to give the same bytes."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
+        # On a CPU sums inside a matrix product may be split by thread.
+        "threads": 0 if cuda else torch.get_num_threads(),
+    }
+
+
+def _listed(run: Path) -> list[tuple[int, int, Path]]:
+    """(step, attempt, folder), newest first; complete or not."""
+    try:
+        entries = list((run / FOLDER).iterdir())
+    except FileNotFoundError:
+        return []
+    named = [(match, entry) for entry in entries if (match := _NAME.match(entry.name))]
+    return sorted(((int(match[1]), int(match[2]), entry) for match, entry in named), reverse=True)
+
+
+def newest(run: Path, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoint | None:
+    """The newest one whose every byte is as it was written. Raises ConfigBadError if it belongs to another job."""
+    for step, _, folder in _listed(run):
+        try:
+            digest = manifest.verify(folder)
+        except manifest.ManifestError as error:
+            logger.info("passed over %s: %s", folder.name, error)
+            continue
+        return _read(folder, digest, step, wanted, here)
+    return None
+
+
+def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoint:
+    facts = json.loads((folder / "state.json").read_bytes())
+    for key, value in wanted.items():
+        if facts["identity"].get(key) != value:
+            raise ConfigBadError(
+                f"the checkpoint {folder.name} was made with another {key}; "
+                "give this job another name, or remove its run directory to begin anew"
+            )
+    changes = [
+        f"{key} {facts['circumstances'].get(key)} -> {value}"
+        for key, value in here.items()
+        if facts["circumstances"].get(key) != value
+    ]
+    if not str(here["device"]).startswith("CPU"):
+        changes.append("this GPU's attention kernels are not deterministic")
+    return Checkpoint(
+        step=step,
+        state=load_file(folder / "state.safetensors"),
+        resume=f"equivalent ({', '.join(changes)})" if changes else "exact",
+        saved=SavedCheckpoint(step=step, digest=digest, saved_at=facts["savedAt"], directory=f"{FOLDER}/{folder.name}"),
+        notes=facts.get("notes", {}),
+    )
+
+
+def write(run: Path, *, attempt: int, step: int, state: State, facts: dict[str, Any]) -> SavedCheckpoint:
+    """Writes and syncs all files, the manifest last: killed or out of space on the way, it is no checkpoint."""
+    folder = run / FOLDER / f"step-{step:08d}.a{attempt}"
+    folder.mkdir(parents=True, exist_ok=True)
+    saved_at = now()
+    save_file(state, folder / "state.safetensors")
+    (folder / "state.json").write_text(json.dumps({**facts, "savedAt": saved_at}, sort_keys=True))
+    digest = manifest.write_manifest(folder)
+    return SavedCheckpoint(step=step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
+
+
+def prune(run: Path, *, keep: int, attempt: int) -> None:
+    """Leaves the newest `keep` complete ones. Touches none of a later attempt, and nothing newer than the newest
+    complete one: another gang may be writing it."""
+    listed = _listed(run)
+    complete = [entry for entry in listed if manifest.complete(entry[2])]
+    if not complete:
+        return
+    kept = {folder for _, _, folder in complete[:keep]}
+    for step, owner, folder in listed:
+        if folder not in kept and owner <= attempt and step <= complete[0][0]:
+            remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """The manifest first, so that no half-removed folder looks complete."""
+    (folder / manifest.MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+class Saver:
+    """Writes in a thread of its own, one checkpoint at a time, while the training goes on."""
+
+    def __init__(self, run: Path, *, attempt: int, keep: int, facts: dict[str, Any]) -> None:
+        self._run = run
+        self._attempt = attempt
+        self._keep = keep
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+        self.facts = facts
+        self.last: SavedCheckpoint | None = None
+        """The newest complete one; set by the thread."""
+
+    def save(self, step: int, state: dict[str, Tensor]) -> None:
+        """Begins to write `state`, which must be a copy."""
+        self.wait()
+        self._thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def wait(self) -> OSError | None:
+        """Until nothing is being written. Returns why the last one failed: the training itself goes on."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._error
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+        self._error = None
+        try:
+            self.last = write(self._run, attempt=self._attempt, step=step, state=state, facts=self.facts)
+            prune(self._run, keep=self._keep, attempt=self._attempt)
+        except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
+            self._error = error if isinstance(error, OSError) else OSError(str(error))
+            logger.error("checkpoint of step %d was not saved, the older one stays: %s", step, error)
+            remove(self._run / FOLDER / f"step-{step:08d}.a{self._attempt}")
+
+
+def write_notes(saver: Saver, **notes: float) -> None:
+    """Adds values to what later checkpoints carry."""
+    saver.facts = {**saver.facts, "notes": {**saver.facts.get("notes", {}), **notes}}

@@ -1,0 +1,199 @@
+"""A gang of ranks, and a sum that gives the same bytes on any number of them.
+
+Floating-point addition depends on its order, so the gradients of a step's micro-batches are leaves of one fixed binary
+tree. A rank owns a run of leaves and adds up the maximal subtrees that it owns whole; then each rank receives all
+subtrees' parts of one slice (all_to_all), finishes the tree there, and the slices are gathered. The cost is that of a
+ring all_reduce, and no power of two is asked for.
+
+NCCL runs only inside a step. Everything that may wait for a host (files, evaluation) uses the gloo control group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+STEP_TIMEOUT: Final = datetime.timedelta(minutes=10)
+"""How long a collective of a step waits. A peer that died is noticed at once; this is for one that hangs."""
+CONTROL_TIMEOUT: Final = datetime.timedelta(hours=2)
+"""How long ranks wait while another evaluates, saves or compiles."""
+
+T = TypeVar("T")
+Span = tuple[int, int]
+"""A subtree: its leaves [first, last)."""
+
+
+def split(span: Span) -> int:
+    """Where a subtree's two halves meet: the left one holds the largest power of two of leaves that is less than all."""
+    first, last = span
+    return first + (1 << (last - first - 1).bit_length() - 1)
+
+
+def share(leaves: int, rank: int, world: int) -> range:
+    """The leaves of a rank: contiguous, nearly equal in number."""
+    return range(leaves * rank // world, leaves * (rank + 1) // world)
+
+
+def subtrees(span: Span, owned: range) -> list[Span]:
+    """The maximal subtrees of `span` whose leaves are all owned, from left to right."""
+    first, last = span
+    if first >= owned.stop or last <= owned.start:
+        return []
+    if owned.start <= first and last <= owned.stop:
+        return [span]
+    middle = split(span)
+    return subtrees((first, middle), owned) + subtrees((middle, last), owned)
+
+
+class TreeSum:
+    """Adds parts of the tree over `leaves` leaves as they come, from left to right.
+
+    Holds one partial sum for each maximal subtree seen so far: at most about 2 log2(leaves) vectors.
+    """
+
+    def __init__(self, leaves: int) -> None:
+        self._root: Span = (0, leaves)
+        self._sums: list[tuple[Span, Tensor]] = []
+
+    def add(self, span: Span, value: Tensor) -> None:
+        """`value` is the sum over `span`; it is kept and may be added to."""
+        while self._sums and self._are_siblings(self._sums[-1][0], span):
+            left_span, left = self._sums.pop()
+            # IEEE addition is commutative; only its grouping matters.
+            span, value = (left_span[0], span[1]), left.add_(value)
+        self._sums.append((span, value))
+
+    def _are_siblings(self, left: Span, right: Span) -> bool:
+        node = self._root
+        while node != (left[0], right[1]):
+            middle = split(node) if node[1] - node[0] > 1 else node[0]
+            if left[0] >= middle > node[0]:
+                node = (middle, node[1])
+            elif right[1] <= middle:
+                node = (node[0], middle)
+            else:
+                return False
+        return split(node) == right[0]
+
+    @property
+    def parts(self) -> list[tuple[Span, Tensor]]:
+        return self._sums
+
+    def total(self) -> Tensor:
+        ((span, value),) = self._sums
+        if span != self._root:
+            raise ValueError(f"the sum holds leaves {span} of {self._root}")
+        return value
+
+
+@dataclass(frozen=True)
+class Gang:
+    """This process's place among the ranks. Rank 0 is the leader."""
+
+    rank: int
+    world: int
+    device: torch.device
+    control: dist.ProcessGroup | None = None
+    """gloo; None when there is one rank."""
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def sum_tree(self, tree: TreeSum, leaves: int, flags: Tensor, *, size: int) -> tuple[Tensor, Tensor]:
+        """(sum over all leaves [size], flags of all ranks [world, F]). `flags` float32 [F] ride along."""
+        if self.world == 1:
+            return tree.total(), flags[None]
+        width = -(-size // self.world)
+        counts = [len(subtrees((0, leaves), share(leaves, rank, self.world))) for rank in range(self.world)]
+        finished = TreeSum(leaves)
+        slices = self._exchange([value for _, value in tree.parts], counts, width)
+        for span, value in zip(self._spans(leaves), slices, strict=True):
+            finished.add(span, value)
+        return self._gather(finished.total(), flags, size)
+
+    def _spans(self, leaves: int) -> list[Span]:
+        """All ranks' subtrees, from left to right."""
+        return [span for rank in range(self.world) for span in subtrees((0, leaves), share(leaves, rank, self.world))]
+
+    def _exchange(self, own: Sequence[Tensor], counts: list[int], width: int) -> list[Tensor]:
+        """Every rank's subtrees, this rank's slice [width] of each, in rank order."""
+        sent = torch.zeros(self.world, len(own), width, device=self.device)
+        for index, value in enumerate(own):
+            for rank in range(self.world):
+                part = value[rank * width : (rank + 1) * width]
+                sent[rank, index, : len(part)] = part
+        received = torch.empty(sum(counts) * width, device=self.device)
+        dist.all_to_all_single(
+            received,
+            sent.flatten(),
+            output_split_sizes=[count * width for count in counts],
+            input_split_sizes=[len(own) * width] * self.world,
+        )
+        return list(received.split(width))  # type: ignore[no-untyped-call]
+
+    def _gather(self, part: Tensor, flags: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        own = torch.cat([part, flags.to(self.device)])
+        everyone = torch.empty(self.world, len(own), device=self.device)
+        dist.all_gather_into_tensor(everyone.view(-1), own)
+        return everyone[:, : len(part)].reshape(-1)[:size], everyone[:, len(part) :]
+
+    # -- the control group: anything may take its time -----------------------------------------------------------------
+
+    def broadcast(self, value: T) -> T:
+        """The leader's value, on every rank. Others pass anything of the same type."""
+        if self.world == 1:
+            return value
+        box: list[Any] = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        received: T = box[0]
+        return received
+
+    def add(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a CPU tensor. Exact, whatever the number of ranks, where at most one value is not 0."""
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    def close(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def join() -> Gang:
+    """Enters the gang that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe (torchrun sets them)."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if world == 1:
+        return Gang(0, 1, device)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
+        return Gang(rank, world, device, _control_group())
+    dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+    return Gang(rank, world, device, _control_group())
+
+
+def _control_group() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError("this rank is no member of the control group")
+    return group
+
+
+def pick_device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device

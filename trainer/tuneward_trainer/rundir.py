@@ -1,0 +1,129 @@
+"""The run directory: what every attempt left there, and the exclusive creation that numbers the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from pydantic import ValidationError
+
+from tuneward_api import names
+from tuneward_api.files import Plan, Report, Result, Start, canonical_json, termination_message
+from tuneward_api.manifest import write_synced
+
+ATTEMPTS: Final = "attempts"
+
+
+def directory(variable: str) -> Path:
+    """The folder that an environment variable names, or its place in a pod."""
+    return Path(os.environ.get(variable) or names.DEFAULT_DIRS[variable])
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def load_plan(path: Path) -> Plan:
+    return Plan.model_validate_json(path.read_bytes())
+
+
+def attempt_directory(run: Path, number: int) -> Path:
+    return run / ATTEMPTS / str(number)
+
+
+def attempt_numbers(run: Path) -> list[int]:
+    """Ascending; a gang that died before it had a number left none."""
+    try:
+        found = [int(entry.name) for entry in (run / ATTEMPTS).iterdir() if entry.name.isdecimal()]
+    except FileNotFoundError:
+        return []
+    return sorted(found)
+
+
+def take_attempt(run: Path, start: Start) -> int:
+    """The next number, taken by exclusive creation of start.json; `start.attempt` is set to it. Two gangs at once get
+    two numbers, also on a network file system."""
+    number = max(attempt_numbers(run), default=0) + 1
+    while True:
+        folder = attempt_directory(run, number)
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with (folder / "start.json").open("x") as file:
+                file.write(canonical_json(start.model_copy(update={"attempt": number}).to_json()) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def superseded(run: Path, number: int) -> int | None:
+    """The number of a later attempt, if one has begun: the fence."""
+    newest = max(attempt_numbers(run), default=number)
+    return newest if newest > number else None
+
+
+def read_result(run: Path, number: int) -> Result | None:
+    try:
+        return Result.model_validate_json((attempt_directory(run, number) / "result.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def results(run: Path, plan_digest: str) -> list[Result]:
+    """Of this plan, newest attempt first."""
+    found = (read_result(run, number) for number in reversed(attempt_numbers(run)))
+    return [result for result in found if result is not None and result.plan_digest == plan_digest]
+
+
+def terminal_result(run: Path, plan_digest: str) -> Result | None:
+    """The verdict that a later attempt reports again. A success counts before a refusal."""
+    found = [result for result in results(run, plan_digest) if result.terminal]
+    return next((result for result in found if result.outcome == "Succeeded"), found[0] if found else None)
+
+
+def write_result(run: Path, result: Result, *, replace: bool = True) -> Result:
+    """Writes attempts/<n>/result.json. With `replace` false an existing one stays and is returned."""
+    folder = attempt_directory(run, result.attempt)
+    existing = read_result(run, result.attempt)
+    if existing is not None and not replace:
+        return existing
+    folder.mkdir(parents=True, exist_ok=True)
+    write_synced(folder / "result.json", (canonical_json(result.to_json()) + "\n").encode())
+    return result
+
+
+def await_result(run: Path, number: int, *, seconds: float) -> Result | None:
+    """The result that another process of the gang is about to write."""
+    deadline = time.monotonic() + seconds
+    while (result := read_result(run, number)) is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return result
+
+
+def report(message: Report | Result) -> None:
+    """Leaves `message` where the kubelet finds it; on a workstation nobody made that file unless a variable names it."""
+    named = os.environ.get(names.ENV_TERMINATION_LOG)
+    path = Path(named or names.DEFAULT_TERMINATION_LOG)
+    if named or path.exists():
+        path.write_text(termination_message(message))
+
+
+class MetricsLog:
+    """attempts/<n>/metrics.jsonl: one line a step. Steps that an earlier attempt made again occur twice over all
+    attempts; readers key by step."""
+
+    def __init__(self, run: Path, number: int) -> None:
+        self._file = (attempt_directory(run, number) / "metrics.jsonl").open("a", buffering=1)
+
+    def write(self, **values: float | int | None) -> None:
+        kept = {name: value for name, value in values.items() if value is not None and value - value == 0}
+        self._file.write(json.dumps(kept) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
