@@ -1,0 +1,154 @@
+"""Every number that the job left out, as the field descriptions promise it."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method, ResolvedHyperparameters, ResolvedMethod
+from tuneward_trainer import packing
+from tuneward_trainer.data.build import Summary
+from tuneward_trainer.facts import Facts
+from tuneward_trainer.report import config_bad
+
+SEQUENCE_LENGTH: Final = 4096
+SHORTEST_SEQUENCE: Final = 16
+_STEPS_WANTED: Final = 200
+_LEAST_STEPS: Final = 5
+_LEAST_BATCH, _LARGEST_BATCH = 4096, 131_072
+_BILLION: Final = 10**9
+_TOKENS_AT_ONCE: Final = {"cpu": 1024, "gpu": 8192}
+"""Tokens of a micro-batch where memory allows them: beyond, kernels get no faster."""
+_CPU_MEMORY: Final = 4 << 30
+"""Bytes: what a worker requests when the job names nothing."""
+_UNITS: Final = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+def longest_sample(hyper: Hyperparameters, facts: Facts) -> int:
+    """Tokens that a sample may have: sequenceLength, or 4,096 and what the model allows. Raises EndError."""
+    asked = hyper.sequence_length
+    if asked is None:
+        return min(SEQUENCE_LENGTH, facts.max_length or SEQUENCE_LENGTH)
+    if facts.max_length and asked > facts.max_length:
+        raise config_bad(
+            f"spec.hyperparameters.sequenceLength is {asked}; allowed: at most {facts.max_length}, "
+            "for which the model was made"
+        )
+    return asked
+
+
+def method(asked: Method, facts: Facts) -> ResolvedMethod:
+    """Raises EndError where targetModules names a layer that the model does not have."""
+    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, lora_parameters, target_linears
+
+    try:
+        available = target_linears(facts.empty)
+    except ModelUnsupportedError as error:
+        if asked.target_modules is None:
+            raise config_bad(str(error)) from error
+        available = []
+    targets = sorted(set(asked.target_modules or available))
+    for target in targets:
+        if not adapted_linears(facts.empty, [target]):
+            raise config_bad(f"spec.method.targetModules holds {target!r}; allowed for this model: {', '.join(available)}")
+    rank = asked.rank or 16
+    return ResolvedMethod(
+        type="LoRA",
+        rank=rank,
+        alpha=32.0 if asked.alpha is None else asked.alpha,
+        dropout=asked.dropout or 0.0,
+        rs_lora=bool(asked.rs_lora),
+        target_modules=targets,
+        trainable_parameters=lora_parameters(facts.empty, targets, rank),
+    )
+
+
+def hyperparameters(
+    asked: Hyperparameters, *, lengths: NDArray[np.int32], summary: Summary, facts: Facts, longest: int
+) -> ResolvedHyperparameters:
+    """`lengths`: int32 [training documents]; `longest`: what a sample may have at most."""
+    epochs = asked.epochs or _epochs(summary.samples)
+    length = asked.sequence_length or max(SHORTEST_SEQUENCE, min(longest, summary.longest))
+    batch = asked.batch_tokens or batch_tokens(epochs * summary.tokens)
+    per_epoch = packing.steps_per_epoch(lengths, sequence_length=length, batch_tokens=batch)
+    steps = asked.steps or epochs * per_epoch
+    return ResolvedHyperparameters(
+        epochs=round(steps / per_epoch, 4),
+        steps=steps,
+        learning_rate=asked.learning_rate or _learning_rate(facts.parameters),
+        scheduler=asked.scheduler or "Cosine",
+        warmup_fraction=0.05 if asked.warmup_fraction is None else asked.warmup_fraction,
+        weight_decay=asked.weight_decay or 0.0,
+        max_grad_norm=asked.max_grad_norm or 1.0,
+        sequence_length=length,
+        batch_tokens=batch,
+        seed=asked.seed or 0,
+    )
+
+
+def _epochs(samples: int) -> int:
+    if samples < 20_000:
+        return 3
+    return 2 if samples <= 100_000 else 1
+
+
+def batch_tokens(tokens: int) -> int:
+    """The power of two nearest tokens/200 in 4,096 … 131,072, but at most a fifth of all `tokens`, so that even a
+    handful of samples gets five steps."""
+    nearest = _power_of_two(tokens / _STEPS_WANTED)
+    bounded = min(max(nearest, _LEAST_BATCH), _LARGEST_BATCH)
+    fifth = max(16, tokens // _LEAST_STEPS)
+    return min(bounded, 1 << (fifth.bit_length() - 1))
+
+
+def _power_of_two(value: float) -> int:
+    """The nearest one; the larger of two that are as near."""
+    below = 1 << max(0, int(value).bit_length() - 1)
+    return below if value - below < 2 * below - value else 2 * below
+
+
+def _learning_rate(parameters: int) -> float:
+    if parameters <= 4 * _BILLION:
+        return 4e-4
+    return 2e-4 if parameters < 65 * _BILLION else 1e-4
+
+
+def bins_per_micro_batch(spec: FineTuneJobSpec, facts: Facts, *, sequence_length: int, batch: int) -> int:
+    """Rows that go through the model at once. Never a function of the number of workers: the same job on more of them
+    gives the same bytes."""
+    gpus = spec.workers.gpus_per_worker if spec.workers is not None else None
+    on_cpu = gpus == 0
+    wanted = _TOKENS_AT_ONCE["cpu" if on_cpu else "gpu"]
+    if on_cpu:
+        wanted = min(wanted, max(1, _tokens_in_memory(spec, facts)))
+    return max(1, min(wanted, batch) // sequence_length)
+
+
+def _tokens_in_memory(spec: FineTuneJobSpec, facts: Facts) -> int:
+    """On a CPU: fp32 weights and optimizer aside, half of the rest for activations, which the allocator doubles."""
+    resources = spec.workers.resources if spec.workers is not None else None
+    limits, requests = (resources.limits or {}, resources.requests or {}) if resources is not None else ({}, {})
+    memory = to_bytes(limits.get("memory", requests.get("memory", _CPU_MEMORY)))
+    per_token = 4 * 2 * (facts.saved_per_token + facts.vocabulary)
+    return int((memory - 4 * facts.parameters) * 0.5) // per_token
+
+
+def to_bytes(quantity: int | str) -> int:
+    """Kubernetes' 4Gi, 512M, 1e9; the schema has checked the form."""
+    match = re.match(r"^\+?([0-9.]+)(e[0-9]+|E[0-9]+)?([a-zA-Z]*)$", str(quantity))
+    if match is None or match[3] not in _UNITS:
+        raise ValueError(f"{quantity!r} is no quantity of memory")
+    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3]])

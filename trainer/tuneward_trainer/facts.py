@@ -1,0 +1,106 @@
+"""What prepare must know about a base model before anything is loaded: counts, layers, limits, tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tuneward_trainer.report import model_unsupported
+
+_LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """`empty` is the model on the meta device; `max_length` the longest text it was made for, in tokens, if it says so;
+    `saved_per_token` the numbers that a backward pass keeps for each token."""
+
+    architecture: str
+    model_type: str
+    parameters: int
+    max_length: int | None
+    saved_per_token: int
+    vocabulary: int
+    empty: Any
+
+
+def examine(folder: Path) -> Facts:
+    """Raises EndError (ModelUnsupported)."""
+    from transformers import AutoConfig
+
+    from tuneward_trainer.model import ModelUnsupportedError, build_empty, model_class, read_config
+
+    try:
+        raw = read_config(folder)
+        _refuse_quantised(raw)
+        kind = model_class(raw)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        empty = build_empty(config, kind)
+    except (ModelUnsupportedError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise model_unsupported(f"the base model cannot be trained: {error}") from error
+    text = config.get_text_config()
+    return Facts(
+        architecture=kind.__name__,
+        model_type=str(raw.get("model_type", "")),
+        parameters=sum(parameter.numel() for parameter in empty.parameters()),
+        max_length=next((int(raw_length) for name in _LENGTHS if (raw_length := getattr(text, name, None))), None),
+        saved_per_token=_saved_per_token(text),
+        vocabulary=int(text.vocab_size),
+        empty=empty,
+    )
+
+
+def _refuse_quantised(raw: dict[str, Any]) -> None:
+    quantised = raw.get("quantization_config")
+    if quantised:
+        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
+        raise model_unsupported(f"the base model is quantised ({method}); use the same model in bf16 or fp32")
+
+
+def _saved_per_token(text: Any) -> int:
+    """Per layer: inputs, norms and the attention's and MLP's inner rows, 4H + 2(q + k) + 2I + fp32 statistics."""
+    hidden = int(text.hidden_size)
+    heads = int(getattr(text, "num_attention_heads", 1))
+    head = int(getattr(text, "head_dim", None) or hidden // heads)
+    pairs = int(getattr(text, "num_key_value_heads", None) or heads)
+    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    return int(text.num_hidden_layers) * (4 * hidden + 2 * heads * head + 2 * pairs * head + 2 * inner + 2 + heads)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """Raises EndError (ModelUnsupported) where the tokenizer is missing or knows no offsets."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise model_unsupported(f"the base model's tokenizer cannot be read: {error}") from error
+    if not tokenizer.is_fast:
+        raise model_unsupported(
+            f"the base model's tokenizer ({type(tokenizer).__name__}) gives no offsets, so no exact loss mask; "
+            "use a model with a tokenizer.json"
+        )
+    return tokenizer
+
+
+def stop_ids(folder: Path) -> list[int]:
+    """Ids at which generation ends, from generation_config.json."""
+    try:
+        found = json.loads((folder / "generation_config.json").read_text()).get("eos_token_id")
+    except (OSError, ValueError):
+        return []
+    if isinstance(found, int):
+        return [found]
+    return [int(number) for number in found or []]
+
+
+def chat_template_digest(tokenizer: Any) -> str | None:
+    """sha256 of the template's text: a served model must render as the trained one did."""
+    template = tokenizer.chat_template
+    if not template:
+        return None
+    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

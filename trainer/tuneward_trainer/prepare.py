@@ -1,0 +1,266 @@
+"""`prepare`: everything that can go wrong without a GPU goes wrong here, with a sentence.
+
+Finds the base model, checks the job against it, tokenizes the data into a cache named by its content, and chooses
+every default. Run again it finds all of that done, and reports the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from tuneward_api import manifest
+from tuneward_api.conditions import Reason
+from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request
+from tuneward_api.finetunejob import Dataset, Datasets, Hyperparameters, Method, ResolvedData, ResolvedPacking
+from tuneward_api.names import MAX_MESSAGE, ExitCode
+from tuneward_api.uris import parse_uri
+from tuneward_trainer import defaults, models
+from tuneward_trainer.data.build import DataError, Limits, Source, Summary, build
+from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
+from tuneward_trainer.facts import Facts, chat_template_digest, examine, load_tokenizer, stop_ids
+from tuneward_trainer.report import EndError, config_bad, emit, ending, input_missing, model_unsupported, start_logging
+from tuneward_trainer.store import Places, alone, make_directory
+
+log = logging.getLogger(__name__)
+
+FOLDER: Final = "prepare"
+ERRORS: Final = "errors.txt"
+_CACHE_VERSION: Final = 1
+"""Raised when the same bytes would give other tokens or masks."""
+_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+
+def main(request_file: Path) -> int:
+    """Returns the exit code."""
+    start_logging()
+    places = Places.from_environment()
+    folder: Path | None = None
+
+    def work() -> PrepareReport:
+        nonlocal folder
+        request = read_request(request_file)
+        folder = make_run_directory(places.store / request.run_directory)
+        prepared = prepare(request, places, folder)
+        return PrepareReport(outcome="Done", reason=Reason.VALIDATED, message=sentence(prepared), prepared=prepared)
+
+    report, error = ending(work)
+    if error is not None:
+        return emit(PrepareReport(outcome="Failed", reason=error.reason, message=error.message), folder, code=error.code)
+    assert report is not None
+    return emit(report, folder, code=ExitCode.OK)
+
+
+def read_request(file: Path) -> Request:
+    """Raises EndError."""
+    try:
+        return Request.model_validate_json(file.read_bytes())
+    except FileNotFoundError as error:
+        raise input_missing(f"the request {file} does not exist") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise config_bad(f"the request is not valid: {place}: {first['msg']}") from error
+
+
+def make_run_directory(folder: Path) -> Path:
+    """What prepare and the attempts write to; attempt pods mount it and make nothing above it."""
+    for name in ("attempts", "checkpoints", FOLDER):
+        make_directory(folder / name)
+    return folder / FOLDER
+
+
+def prepare(request: Request, places: Places, folder: Path) -> Prepared:
+    """`folder`: the run directory's own for prepare. Raises EndError."""
+    spec = request.spec
+    hyper = spec.hyperparameters or Hyperparameters()
+    found = models.find(spec.model.uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
+    facts = examine(found.folder)
+    longest = defaults.longest_sample(hyper, facts)
+    method = defaults.method(spec.method or Method(), facts)
+    packing = verify(found)
+    tokenizer = load_tokenizer(found.folder)
+    cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
+    summary = Summary.read(cache.folder)
+    for note in summary.notes():
+        log.info("%s", note)
+    numbers = defaults.hyperparameters(
+        hyper,
+        lengths=Documents.open(cache.folder / TRAINING).lengths,
+        summary=summary,
+        facts=facts,
+        longest=longest,
+    )
+    return Prepared(
+        base=base_of(found, facts, tokenizer),
+        data=Data(sub_path=cache.sub_path, summary=_resolved(cache.digest, summary)),
+        method=method,
+        hyperparameters=numbers,
+        packing=packing,
+        bins_per_micro_batch=defaults.bins_per_micro_batch(
+            spec, facts, sequence_length=numbers.sequence_length, batch=numbers.batch_tokens
+        ),
+        model_type=facts.model_type,
+    )
+
+
+def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:
+    return Base(
+        uri=found.uri,
+        key=found.key,
+        digest=found.digest,
+        architecture=facts.architecture,
+        parameters=facts.parameters,
+        claim=found.claim,
+        sub_path=found.sub_path,
+        chat_template_digest=chat_template_digest(tokenizer),
+    )
+
+
+def _resolved(digest: str, summary: Summary) -> ResolvedData:
+    return ResolvedData(
+        digest=digest,
+        samples=summary.samples,
+        tokens=summary.tokens,
+        target_tokens=summary.target_tokens,
+        validation_samples=summary.validation_samples,
+    )
+
+
+def verify(found: models.Found) -> ResolvedPacking:
+    """Which patches agree with the plain model; the verdict is kept beside the model."""
+    from tuneward_trainer import verify as verifier
+    from tuneward_trainer.model import ModelUnsupportedError
+
+    try:
+        return verifier.verify(found.folder, make_directory(found.cache / "verify"))
+    except ModelUnsupportedError as error:
+        raise model_unsupported(f"the base model cannot be trained: {error}") from error
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What tokens depend on beside the data and the job."""
+
+    model: Path
+    tokenizer: Any
+    longest: int
+
+
+@dataclass(frozen=True)
+class Cache:
+    folder: Path
+    sub_path: str
+    digest: str
+
+
+def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> Cache:
+    """The cache that the data's content names: found complete, or made. Raises EndError."""
+    datasets = request.spec.datasets
+    training = sources(datasets.training, "training", places, request.store_claim)
+    validation = sources(datasets.validation or [], "validation", places, request.store_claim)
+    limits = Limits(inputs.longest, datasets.on_too_long or "Error", datasets.validation_fraction or 0.0)
+    key = cache_key(training, validation, datasets, limits, inputs)
+    sub_path = f"data/sha256-{key}"
+    target = places.store / sub_path
+    with alone(target):
+        if not manifest.complete(target):
+            shutil.rmtree(target, ignore_errors=True)
+            for part in (TRAINING, VALIDATION):
+                make_directory(target / part)
+            _fill(target, folder, training, validation, datasets, limits, inputs)
+    (folder / ERRORS).unlink(missing_ok=True)
+    return Cache(target, sub_path, f"sha256:{key}")
+
+
+def _fill(
+    target: Path,
+    folder: Path,
+    training: Sequence[Source],
+    validation: Sequence[Source],
+    datasets: Datasets,
+    limits: Limits,
+    inputs: Inputs,
+) -> None:
+    from tuneward_trainer.data.encode import Encoder
+
+    encoder = Encoder(inputs.tokenizer, datasets.loss_on or "Assistant", stop_ids(inputs.model))
+    try:
+        build(target, training=training, validation=validation, encoder=encoder, limits=limits)
+    except DataError as error:
+        shutil.rmtree(target, ignore_errors=True)
+        raise data_bad(error, folder / ERRORS) from error
+    manifest.write_manifest(target)
+
+
+def data_bad(error: DataError, file: Path) -> EndError:
+    """All problems go to `file`, and as many as fit into the sentence."""
+    lines = error.problems.lines()
+    manifest.write_synced(file, ("\n".join(lines) + "\n").encode())
+    for line in lines[:20]:
+        log.error("%s", line)
+    # jobs/<name>-<uid8>/prepare/errors.txt
+    where = f"; all of them: {'/'.join(file.parts[-4:])} in the store" if len(lines) > 1 else ""
+    return EndError(ExitCode.DATA_BAD, Reason.DATA_INVALID, error.problems.summary(MAX_MESSAGE - len(where)) + where)
+
+
+def sources(datasets: Sequence[Dataset], part: str, places: Places, store_claim: str) -> list[Source]:
+    """Raises EndError for the first that does not exist."""
+    found = []
+    for index, dataset in enumerate(datasets):
+        uri = parse_uri(dataset.uri)
+        root = places.configmaps / uri.authority if uri.scheme == "configmap" else places.claim(uri.authority, store_claim)
+        path = root / uri.path
+        if not path.exists():
+            raise input_missing(f"spec.datasets.{part}[{index}].uri {dataset.uri} does not exist{_hint(root, uri.scheme)}")
+        copies = (dataset.weight or 1) if part == "training" else 1
+        found.append(Source(dataset.uri, path, dataset.format, copies))
+    return found
+
+
+def _hint(root: Path, scheme: str) -> str:
+    if scheme != "configmap":
+        return ""
+    keys = sorted(file.name for file in root.iterdir() if not file.name.startswith(".")) if root.is_dir() else []
+    return f"; the ConfigMap has the keys {', '.join(keys)}" if keys else "; there is no such ConfigMap, or it is empty"
+
+
+def cache_key(
+    training: Sequence[Source], validation: Sequence[Source], datasets: Datasets, limits: Limits, inputs: Inputs
+) -> str:
+    """sha256 over everything that the tokens and masks depend on."""
+    parts = {
+        "version": _CACHE_VERSION,
+        "tokenizer": [
+            manifest.hash_file(inputs.model / name) for name in _TOKENIZER_FILES if (inputs.model / name).is_file()
+        ],
+        "stops": stop_ids(inputs.model),
+        "lossOn": datasets.loss_on or "Assistant",
+        "limits": asdict(limits),
+        "training": [_identity(source) for source in training],
+        "validation": [_identity(source) for source in validation],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _identity(source: Source) -> list[Any]:
+    files = [(uri, manifest.hash_file(path)) for uri, path in source.files()]
+    return [source.uri, source.format, source.copies, files]
+
+
+def sentence(prepared: Prepared) -> str:
+    """What was found, in one line."""
+    data, numbers, method = prepared.data.summary, prepared.hyperparameters, prepared.method
+    return (
+        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); "
+        f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
+        f"LoRA of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
+    )
