@@ -1,0 +1,123 @@
+"""After the training: check the adapter, hold it against the gate, file it under its digest, report.
+
+Quick and idempotent: the folder's name is its digest, and everything in the report comes from files, so that a second
+pass, after a report that got lost, says the same.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from tuneward_api import manifest, names
+from tuneward_api.conditions import Reason
+from tuneward_api.files import FinishedAdapter, FinishReport, Metrics, Plan, Result
+from tuneward_api.finetunejob import Gate
+from tuneward_api.names import MAX_MESSAGE, ExitCode
+from tuneward_trainer import report, rundir
+
+FOLDER: Final = "finish"
+
+
+def main(plan_path: Path) -> int:
+    """Reports by termination message and finish/report.json; returns the exit code."""
+    report.start_logging()
+    store = rundir.directory(names.ENV_STORE_DIR)
+    made, failure = report.ending(lambda: finish(rundir.load_plan(plan_path), store))
+    folder = None
+    if plan_path.is_file() and failure is None:
+        folder = store / rundir.load_plan(plan_path).request.run_directory / FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+    if failure is not None:
+        made = FinishReport(outcome="Failed", reason=failure.reason, message=failure.message)
+        return report.emit(made, folder, code=failure.code)
+    assert made is not None
+    return report.emit(made, folder, code=ExitCode.OK)
+
+
+def finish(plan: Plan, store: Path) -> FinishReport:
+    """The report of a training that succeeded. Raises EndError."""
+    run = store / plan.request.run_directory
+    result = succeeded(plan, run)
+    source = run / str(result.adapter_directory)
+    try:
+        digest = manifest.verify(source, digest=result.adapter_digest)
+    except manifest.ManifestError as error:
+        raise report.input_missing(f"the trained adapter is not what the trainer left: {error}") from error
+    evaluation = plan.request.spec.evaluation
+    refusal = refused(evaluation.gate if evaluation is not None else None, result.metrics)
+    if refusal is not None:
+        message = f"{refusal}; the adapter stays in {plan.request.run_directory}/{result.adapter_directory}"
+        return FinishReport(
+            outcome="Failed", reason=Reason.GATE_REFUSED, message=message[:MAX_MESSAGE], metrics=result.metrics
+        )
+    sub_path = names.adapter_directory(digest)
+    file_under(source, store / sub_path, digest)
+    adapter = describe(plan, result, store / sub_path, sub_path, digest)
+    return FinishReport(
+        outcome="Done",
+        reason=Reason.SUCCEEDED,
+        message=f"{adapter.served_name} is ready to be served",
+        adapter=adapter,
+        metrics=result.metrics,
+    )
+
+
+def succeeded(plan: Plan, run: Path) -> Result:
+    found = rundir.terminal_result(run, plan.digest())
+    if found is None or found.outcome != "Succeeded" or found.adapter_directory is None:
+        raise report.input_missing(f"{run} holds no successful result of this plan; train first")
+    return found
+
+
+def refused(gate: Gate | None, metrics: Metrics) -> str | None:
+    """Why the gate refuses, with both figures, or None."""
+    before, after = metrics.validation_loss_before, metrics.validation_loss_after
+    if gate is None or (gate.max_loss is None and gate.min_improvement is None):
+        return None
+    if before is None or after is None:
+        return "the gate needs a validation loss, and none was measured: the validation samples hold no target token"
+    figures = f"the validation loss is {after:.4f}, the base model's {before:.4f}"
+    if gate.max_loss is not None and after > gate.max_loss:
+        return f"{figures}; evaluation.gate.maxLoss is {gate.max_loss:g}"
+    improvement = (before - after) / before if before else 0.0
+    if gate.min_improvement is not None and improvement < gate.min_improvement:
+        return f"{figures}, better by {improvement:.1%}; evaluation.gate.minImprovement is {gate.min_improvement:.1%}"
+    return None
+
+
+def file_under(source: Path, target: Path, digest: str) -> None:
+    """Copies `source` to its place for good, the manifest last; what is complete there already stays."""
+    try:
+        manifest.verify(target, digest=digest)
+        return
+    except manifest.ManifestError:
+        # Absent, or cut short by a kill.
+        (target / manifest.MANIFEST).unlink(missing_ok=True)
+    for path in manifest.list_files(source):
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)
+    copied = manifest.write_manifest(target)
+    if copied != digest:
+        raise report.try_again(f"the copy of the adapter has digest {copied}, expected {digest}")
+
+
+def describe(plan: Plan, result: Result, folder: Path, sub_path: str, digest: str) -> FinishedAdapter:
+    """As FineTunedModel's spec will have it. Its date is the training's, so that a second pass makes the same name."""
+    config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
+    register = plan.request.spec.register_
+    suffix = (register.suffix if register is not None else None) or plan.request.job.name
+    return FinishedAdapter(
+        sub_path=sub_path,
+        digest=digest,
+        size=sum(entry.size for entry in manifest.read_manifest(folder)[1]),
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        target_modules=sorted(config["target_modules"]),
+        served_name=names.served_name(plan.prepared.base.uri, suffix, result.finished_at[:10].replace("-", ""), digest),
+        attempt=result.attempt,
+        step=result.step,
+        metrics=result.metrics,
+    )

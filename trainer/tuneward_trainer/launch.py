@@ -1,0 +1,378 @@
+"""One worker: starts its ranks through torchrun's own agent, serves their progress, and reports how they ended.
+
+Everything that decides the worker's exit code and termination message is here: a rank that fails leaves its reason in
+the status folder, the leader's rank leaves the result, and a rank that was killed leaves nothing but its signal.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from types import FrameType
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from tuneward_api import names
+from tuneward_api.conditions import Reason
+from tuneward_api.files import Plan, Result
+from tuneward_api.names import MAX_MESSAGE, ExitCode
+from tuneward_trainer import rundir
+from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, read_ranks, serve
+from tuneward_trainer.report import start_logging
+
+LOG_LINES: Final = 200
+"""Of each rank that are kept in attempts/<n>/logs."""
+SAVE_SECONDS: Final = names.GRACE_PERIOD_SECONDS - 15
+"""What ranks get to save after SIGTERM; the rest of the grace period is for the report."""
+RENDEZVOUS_SECONDS: Final = 24 * 3600
+"""The operator bounds how long a gang may take to gather (runPolicy.startTimeoutSeconds), so this does not."""
+
+logger = logging.getLogger("tuneward_trainer.launch")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many processes make the gang, and which of them this worker starts."""
+
+    workers: int
+    index: int
+    ranks_here: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the agent says that the ranks ended: by global rank, exit code or minus the signal. Empty: all were well."""
+
+    exit_codes: Mapping[int, int]
+    stopped: bool = False
+    """This worker was told to stop."""
+    error: str = ""
+    """The agent itself failed, before any rank ran."""
+
+
+def main(plan_path: Path) -> int:
+    """Trains what the plan says and returns the exit code of the contract."""
+    start_logging()
+    try:
+        plan = rundir.load_plan(plan_path)
+    except (OSError, ValidationError) as error:
+        logger.error("the plan %s cannot be read: %s", plan_path, error)
+        return ExitCode.INPUT_MISSING if isinstance(error, OSError) else ExitCode.CONFIG_BAD
+    run = rundir.directory(names.ENV_RUN_DIR)
+    known = rundir.terminal_result(run, plan.digest())
+    if known is not None:
+        logger.info("attempt %d ended this plan already: %s", known.attempt, known.message)
+        return report(known)
+    with status_folder() as folder, served(folder):
+        before = memory_kills()
+        outcome = launch(plan_path, folder, shape_of(plan))
+        result = conclude(plan, run, folder, outcome, out_of_memory=memory_kills() > before)
+        keep_logs(run, folder, result.attempt)
+    return report(result)
+
+
+def report(result: Result) -> int:
+    rundir.report(result)
+    logger.info("%s (exit code %d)", result.message, result.exit_code)
+    return int(result.exit_code)
+
+
+# -- before ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def status_folder() -> Iterator[Path]:
+    """Where ranks leave their progress: TUNEWARD_STATUS_DIR, or a temporary folder."""
+    named = os.environ.get(ENV_STATUS_DIR)
+    if named:
+        Path(named).mkdir(parents=True, exist_ok=True)
+        for leftover in Path(named).glob("*.json"):
+            leftover.unlink()
+        yield Path(named)
+        return
+    with tempfile.TemporaryDirectory(prefix="tuneward-") as folder:
+        os.environ[ENV_STATUS_DIR] = folder
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.pop(ENV_STATUS_DIR, None)
+
+
+@contextlib.contextmanager
+def served(folder: Path) -> Iterator[None]:
+    """/progress and the rest on POD_IP. On a workstation another job may have the port: then any free one, said."""
+    host = os.environ.get(names.ENV_POD_IP) or "127.0.0.1"
+    port = int(os.environ.get(ENV_HTTP_PORT) or names.TRAINER_PORT)
+    server = _server(folder, host, port)
+    logger.info("progress at http://%s:%d/progress", host, server.server_address[1])
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
+    try:
+        return serve(folder, host, port)
+    except OSError as error:
+        logger.warning("port %d of %s is not free (%s): taking another", port, host, error)
+        return serve(folder, host, 0)
+
+
+def shape_of(plan: Plan) -> Shape:
+    """In a pod one worker of `replicas`, a rank for each of its GPUs. On a workstation (no JOB_COMPLETION_INDEX) one
+    worker that plays all of them, with no more ranks than the machine has GPUs or processors."""
+    import torch
+
+    asked = plan.request.spec.workers
+    replicas = (asked.replicas if asked is not None else None) or 1
+    gpus_asked = asked.gpus_per_worker if asked is not None else None
+    gpus = 0 if gpus_asked == 0 else torch.cuda.device_count()
+    index = os.environ.get("JOB_COMPLETION_INDEX")
+    if index is not None:
+        return Shape(replicas, int(index), max(1, min(gpus, gpus_asked or gpus)))
+    wanted = replicas * max(1, 1 if gpus_asked is None else gpus_asked)
+    return Shape(1, 0, max(1, min(wanted, gpus or processors())))
+
+
+def processors() -> int:
+    """That this process may use: affinity, and the cgroup's quota rounded up."""
+    count = len(os.sched_getaffinity(0))
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        count = min(count, -(-int(quota) // int(period)))
+    return max(1, count)
+
+
+def memory_kills() -> int:
+    """Processes of this container that the kernel killed for memory so far."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/sys/fs/cgroup/memory.events").read_text().splitlines():
+            key, value = line.split()
+            if key == "oom_kill":
+                return int(value)
+    return 0
+
+
+# -- the agent -------------------------------------------------------------------------------------------------------
+
+
+def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
+    """Runs the ranks to their end."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = int(os.environ.get("MASTER_PORT") or free_port())
+    prepare_environment(shape)
+    config = LaunchConfig(
+        min_nodes=shape.workers,
+        max_nodes=shape.workers,
+        nproc_per_node=shape.ranks_here,
+        run_id="tuneward",
+        role="rank",
+        rdzv_backend="static",
+        rdzv_endpoint=f"{address}:{port}",
+        rdzv_configs={"rank": shape.index, "timeout": RENDEZVOUS_SECONDS},
+        local_addr=os.environ.get(names.ENV_POD_IP) or None,
+        max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL, tee=Std.ALL),
+        log_line_prefix_template="[rank ${rank}] ",
+        signals_to_handle="SIGTERM,SIGINT",
+        shutdown_timeout=SAVE_SECONDS,
+    )
+    watch = StopWhileGathering()
+    try:
+        elastic_launch(config, sys.executable)("-m", "tuneward_trainer.train", str(plan_path))
+    except ChildFailedError as error:
+        return Outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException:
+        return Outcome({}, stopped=True)
+    except (RuntimeError, OSError) as error:
+        return Outcome({}, error=f"the gang could not gather at {address}:{port}: {error}")
+    finally:
+        watch.end()
+    return Outcome({})
+
+
+def prepare_environment(shape: Shape) -> None:
+    """For the ranks, which inherit it."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // shape.ranks_here)))
+    # Ranks log through a pipe, and a line must be seen when it is said.
+    os.environ["PYTHONUNBUFFERED"] = "1"
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    if shape.workers == 1:
+        # A machine's own name may lead nowhere.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+class StopWhileGathering:
+    """Ends the process on SIGTERM while it waits for the other workers.
+
+    That wait is in C++ and lets no Python handler run (and process 1 of a container ignores a signal without one), so a
+    thread reads the signal from a pipe. Once ranks run, the agent's own handler stops them and this does nothing.
+    """
+
+    def __init__(self) -> None:
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        self._main = threading.main_thread().ident or 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, _raise_stopped)
+        self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="stop", daemon=True).start()
+
+    def _watch(self) -> None:
+        stopping = {int(signal.SIGTERM), int(signal.SIGINT)}
+        while data := os.read(self._read, 64):
+            if stopping & set(data) and self._gathering():
+                logger.info("stopped on request before the gang was complete (exit code %d)", ExitCode.STOPPED)
+                os._exit(ExitCode.STOPPED)
+
+    def _gathering(self) -> bool:
+        frame: FrameType | None = sys._current_frames().get(self._main)
+        while frame is not None:
+            if frame.f_code.co_name == "next_rendezvous":
+                return True
+            frame = frame.f_back
+        return False
+
+    def end(self) -> None:
+        signal.set_wakeup_fd(self._before)
+        os.close(self._write)
+
+
+def _raise_stopped(number: int, frame: FrameType | None) -> None:
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    raise SignalException(f"process {os.getpid()} got signal {number} in {frame}", signal.Signals(number))
+
+
+# -- after -----------------------------------------------------------------------------------------------------------
+
+
+def conclude(plan: Plan, run: Path, folder: Path, outcome: Outcome, *, out_of_memory: bool) -> Result:
+    """The result of the attempt, written if it is this worker that knows it.
+
+    In this order: the first rank here that failed by itself; what the leader's rank left; a rank killed from outside;
+    another worker's word; this worker's own guess.
+    """
+    number = attempt_number(folder)
+    failures = sorted(_endings(folder), key=lambda ending: float(ending["at"]))
+    first = next((ending for ending in failures if not ending["secondary"]), None)
+    if first is not None:
+        return _write(plan, run, folder, Reason(first["reason"]), first["message"], first["exit_code"], replace=True)
+    if number and not outcome.exit_codes and not outcome.error:
+        left = rundir.await_result(run, number, seconds=0 if outcome.stopped else 5)
+        if left is not None:
+            return left
+    killed = {rank: -code for rank, code in outcome.exit_codes.items() if code < 0}
+    if killed or out_of_memory:
+        return _write(plan, run, folder, *_killed(killed, out_of_memory), replace=False)
+    left = rundir.await_result(run, number, seconds=3) if number and not outcome.error and not outcome.stopped else None
+    if left is not None:
+        return left
+    return _write(plan, run, folder, *_guess(outcome, failures), replace=False)
+
+
+def _killed(killed: dict[int, int], out_of_memory: bool) -> tuple[Reason, str, int]:
+    if out_of_memory:
+        sentence = (
+            "a rank was killed for memory; raise spec.workers.resources.limits.memory "
+            "or lower spec.hyperparameters.sequenceLength"
+        )
+        return Reason.OUT_OF_MEMORY, sentence, 1
+    rank, number = min(killed.items())
+    return Reason.INFRASTRUCTURE, f"rank {rank} was killed by {signal.Signals(number).name}", ExitCode.TRY_AGAIN
+
+
+def _guess(outcome: Outcome, failures: list[dict[str, Any]]) -> tuple[Reason, str, int]:
+    if outcome.stopped:
+        return Reason.PREEMPTED, "stopped on request before the first step", ExitCode.STOPPED
+    if outcome.error:
+        return Reason.INFRASTRUCTURE, outcome.error, ExitCode.TRY_AGAIN
+    if failures:
+        return Reason(failures[0]["reason"]), failures[0]["message"], failures[0]["exit_code"]
+    codes = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(outcome.exit_codes.items()))
+    return Reason.UNKNOWN, f"the ranks ended without a word ({codes or 'exit code 0 and no result'}); their logs say why", 1
+
+
+def _write(plan: Plan, run: Path, folder: Path, reason: Reason, message: str, exit_code: int, *, replace: bool) -> Result:
+    """Makes the result of what the ranks last reported. A gang without a number leaves no file."""
+    last = next(iter(read_ranks(folder)), {})
+    result = Result.model_validate(
+        {
+            **{key: last[key] for key in ("step", "steps", "checkpoint", "fromStep", "resume", "node") if key in last},
+            "attempt": attempt_number(folder),
+            "podUID": os.environ.get(names.ENV_POD_UID, ""),
+            "planDigest": plan.digest(),
+            "outcome": "Stopped" if exit_code == ExitCode.STOPPED else "Failed",
+            "exitCode": exit_code,
+            "reason": reason,
+            "message": message[:MAX_MESSAGE],
+            "step": last.get("step", 0),
+            "steps": last.get("steps", plan.prepared.hyperparameters.steps),
+            "finishedAt": rundir.now(),
+        }
+    )
+    if not result.attempt:
+        return result
+    try:
+        return rundir.write_result(run, result, replace=replace)
+    except OSError as error:
+        logger.error("the result could not be written: %s", error)
+        return result
+
+
+def attempt_number(folder: Path) -> int:
+    """That the ranks of this worker were told; 0 if the gang never got so far."""
+    return max((int(rank.get("attempt", 0)) for rank in read_ranks(folder)), default=0)
+
+
+def _endings(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(file.read_text()) for file in folder.glob("ending-*.json")]
+
+
+def keep_logs(run: Path, folder: Path, number: int) -> None:
+    """The last lines of each rank's log, for good."""
+    if not number:
+        return
+    target = rundir.attempt_directory(run, number) / "logs"
+    with contextlib.suppress(OSError):
+        target.mkdir(parents=True, exist_ok=True)
+        for place in sorted({file.parent for file in (folder / "logs").rglob("std*.log")}):
+            lines = [line for file in sorted(place.glob("std*.log")) for line in _tail(file)]
+            worker = os.environ.get("JOB_COMPLETION_INDEX", "0")
+            (target / f"worker-{worker}-rank-{place.name}.log").write_text("".join(lines))
+
+
+def _tail(file: Path) -> list[str]:
+    with file.open(errors="replace") as stream:
+        return stream.readlines()[-LOG_LINES:]
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
