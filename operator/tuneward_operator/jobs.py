@@ -63,6 +63,11 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
     for job in decision.delete:
         await app.delete(JOBS, job)
     owner, plan, settings = seen.owner, seen.plan, app.settings
+    if decision.step in (Step.PREPARE, Step.LAUNCH):
+        # The watch may have missed a deletion or lag behind a suspension: nothing starts on an old word.
+        live = await app.live(FINETUNEJOBS, view)
+        if live is None or live.generation != view.generation:
+            return False
     if decision.step == Step.PREPARE:
         if seen.claim_missing:
             await app.create(build.store_claim(owner, settings))
@@ -70,9 +75,6 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
         request = Request.model_validate_json(found["data"]["request.json"])
         await make(app, build.prepare_job(owner, request, settings))
     elif decision.step == Step.LAUNCH and plan is not None:
-        live = await app.live(FINETUNEJOBS, view)
-        if live is None or live.generation != view.generation:
-            return False
         await make(app, build.gang_service(owner))
         await make(app, build.attempt_job(owner, plan, decision.launch, settings))
     elif decision.step == Step.FINISH and plan is not None:

@@ -1,4 +1,4 @@
-"""`world`: a fresh namespace with nobody in it yet; the test starts the operator when it wants one."""
+"""`world`: a fresh namespace of a real API server; the test says which operator works in it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from tests.operator.world import World, client
+from tests.operator.world import Operators, World, client
 from tests.support.cluster import Cluster
 
 
@@ -16,8 +16,16 @@ def api(control_plane: Cluster) -> Iterator[httpx.Client]:
         yield found
 
 
+@pytest.fixture(scope="session")
+def operators(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operators]:
+    found = Operators(control_plane, tmp_path_factory.mktemp("operators"))
+    yield found
+    found.end_own()
+    found.end_shared()
+
+
 @pytest.fixture
-def world(control_plane: Cluster, namespace: str, api: httpx.Client) -> Iterator[World]:
-    made = World(control_plane, namespace, api)
+def world(operators: Operators, namespace: str, api: httpx.Client) -> Iterator[World]:
+    made = World(operators, namespace, api)
     yield made
     made.end()

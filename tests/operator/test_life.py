@@ -10,7 +10,7 @@ pytestmark = pytest.mark.cluster
 
 
 def test_a_job_ends_in_a_registered_model(world: World) -> None:
-    world.operate()
+    world.share_operator()
     world.submit(serve={"server": "assistant"})
     world.wait("Job", "bot-prepare")
     world.wait_phase("Validating")
@@ -49,7 +49,7 @@ def test_a_job_ends_in_a_registered_model(world: World) -> None:
 
 
 def test_refused_data_is_one_sentence_and_no_attempt(world: World) -> None:
-    world.operate()
+    world.share_operator()
     world.submit()
     (pod,) = world.pods_of("bot-prepare")
     message = "chats.jsonl:3: messages[0].role is 'usr'; allowed: system, user, assistant, tool"

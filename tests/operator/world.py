@@ -55,17 +55,60 @@ def client(kubeconfig: Path) -> httpx.Client:
         pem.write(base64.b64decode(user["client-certificate-data"]) + b"\n" + base64.b64decode(user["client-key-data"]))
         pem.flush()
         context.load_cert_chain(pem.name)
-    return httpx.Client(base_url=cluster["server"], verify=context, trust_env=False, timeout=30)
+    return httpx.Client(base_url=cluster["server"], verify=context, trust_env=False, timeout=60)
+
+
+class Operators:
+    """Operator processes of one test process, all quick in their waits."""
+
+    def __init__(self, cluster: Cluster, folder: Path) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self._own: list[subprocess.Popen[str]] = []
+        self._shared: subprocess.Popen[str] | None = None
+        self._started = 0
+
+    def start(self, *flags: str, kubeconfig: Path | None = None) -> subprocess.Popen[str]:
+        command = [
+            *(sys.executable, "-m", "tuneward_operator", "run", "--kubeconfig", str(kubeconfig or self.cluster.kubeconfig)),
+            *("--image-trainer", "trainer:1", "--health-port", "0", "--log-format", "text"),
+            *("--retry-seconds", "0.1", "--poll-seconds", "0.2"),
+            *flags,
+        ]
+        self._started += 1
+        log = self.folder / f"operator-{self._started:03}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
+        self._own.append(process)
+        return process
+
+    def share(self) -> None:
+        if self._shared is None:
+            self._shared = self.start()
+            self._own.remove(self._shared)
+
+    def kill(self, process: subprocess.Popen[str]) -> None:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+    def end_own(self) -> None:
+        for process in self._own:
+            self.kill(process)
+        self._own.clear()
+
+    def end_shared(self) -> None:
+        if self._shared is not None:
+            self.kill(self._shared)
+            self._shared = None
 
 
 class World:
     """Everything is of one namespace. Methods raise AssertionError with what the API server said."""
 
-    def __init__(self, cluster: Cluster, namespace: str, api: httpx.Client) -> None:
-        self.cluster = cluster
+    def __init__(self, operators: Operators, namespace: str, api: httpx.Client) -> None:
+        self.operators = operators
         self.namespace = namespace
         self.api = api
-        self.operators: list[subprocess.Popen[str]] = []
         self.leaders: list[Leader] = []
 
     # The API
@@ -112,27 +155,20 @@ class World:
     # The operator
 
     def operate(self, *flags: str) -> subprocess.Popen[str]:
-        """Starts one more operator process over this namespace, quick in all its waits."""
-        command = [
-            *(sys.executable, "-m", "tuneward_operator", "run"),
-            *("--kubeconfig", str(self.cluster.kubeconfig), "--namespaces", self.namespace),
-            *("--image-trainer", "trainer:1", "--health-port", "0", "--log-format", "text"),
-            *("--retry-seconds", "0.1", "--poll-seconds", "0.2"),
-            *flags,
-        ]
-        log = Path(tempfile.gettempdir()) / f"operator-{self.namespace}-{len(self.operators)}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
-        self.operators.append(process)
-        return process
+        """An operator of this namespace alone, for tests that kill it or give it other flags."""
+        self.operators.end_shared()
+        return self.operators.start("--namespaces", self.namespace, *flags)
+
+    def share_operator(self) -> None:
+        """The operator of all namespaces that the tests of this process share: a start costs more than most tests."""
+        self.operators.share()
 
     def kill(self, process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        self.operators.kill(process)
 
     def end(self) -> None:
-        for process in self.operators:
-            self.kill(process)
+        self.api.request("DELETE", self.path("FineTuneJob"))
+        self.operators.end_own()
         for leader in self.leaders:
             leader.close()
 
@@ -156,7 +192,7 @@ class World:
         found: Object = self.get("FineTuneJob", name).get("status", {})
         return found
 
-    def wait_phase(self, phase: str, name: str = "bot", timeout: float = 30) -> Object:
+    def wait_phase(self, phase: str, name: str = "bot", timeout: float = 60) -> Object:
         seen: list[object] = []
 
         def reached() -> Object | None:
@@ -172,16 +208,15 @@ class World:
 
     def wait(self, kind: str, name: str) -> Object:
         try:
-            return wait_for(lambda: self.find(kind, name), what=f"{kind} {name}", timeout=30)
+            return wait_for(lambda: self.find(kind, name), what=f"{kind} {name}", timeout=60)
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.logs()}") from error
 
     def wait_gone(self, kind: str, name: str) -> None:
-        wait_for(lambda: self.find(kind, name) is None, what=f"{kind} {name} to go", timeout=30)
+        wait_for(lambda: self.find(kind, name) is None, what=f"{kind} {name} to go", timeout=60)
 
     def logs(self) -> str:
-        files = sorted(Path(tempfile.gettempdir()).glob(f"operator-{self.namespace}-*.log"))
-        return "\n".join(file.read_text()[-4000:] for file in files)
+        return "\n".join(file.read_text()[-4000:] for file in sorted(self.operators.folder.glob("*.log"))[-2:])
 
     def condition(self, kind: str, name: str = "bot") -> Object:
         return next(found for found in self.status(name)["conditions"] if found["type"] == kind)
@@ -196,7 +231,7 @@ class World:
             living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
             return living if len(living) >= count else None
 
-        return sorted(wait_for(enough, what=f"{count} pods of {job}", timeout=30), key=lambda pod: pod["metadata"]["name"])
+        return sorted(wait_for(enough, what=f"{count} pods of {job}", timeout=60), key=lambda pod: pod["metadata"]["name"])
 
     def runs(self, pod: Object, ip: str = "") -> None:
         state = {"running": {"startedAt": now()}}
@@ -362,3 +397,14 @@ def finish_report() -> Object:
             "metrics": {"trainLoss": 0.5, "validationLossBefore": 2.5, "validationLossAfter": 1.5, "steps": 100},
         },
     }
+
+
+def running(world: World, launch: int = 1, **progress: Any) -> Object:
+    """Brings the job to Running in its `launch`-th Job; gives the leader's pod."""
+    if launch == 1:
+        world.prepare_done()
+    (pod,) = world.pods_of(f"bot-a{launch}")
+    world.leader(pod, **{"attempt": launch, "step": 10, **progress})
+    world.wait_phase("Running")
+    wait_for(lambda: world.status().get("attemptCount") == launch, what=f"attempt {launch} in status", timeout=60)
+    return pod
