@@ -259,6 +259,10 @@ class WantedAdapter(Record):
 class WantedAdapters(Record):
     adapters: list[WantedAdapter] = Field(default_factory=list)
 
+    def digest(self) -> str:
+        """What an agent repeats beside its proofs, so that the operator knows which list they are about."""
+        return "sha256:" + hashlib.sha256(canonical_json(self.to_json()).encode()).hexdigest()
+
 
 class AdapterProof(Record):
     """What the agent found about one wanted adapter."""

@@ -28,12 +28,12 @@ def _add_common(parser: argparse.ArgumentParser, *, port: int) -> None:
     parser.add_argument("--max-adapters", type=int, default=16)
     parser.add_argument("--max-rank", type=int, default=64)
     parser.add_argument("--model", type=Path, default=_folder(ENV_MODEL_DIR), help="folder of the base model")
-    parser.add_argument("--served-base-name", help="name of the base model for clients; default: the folder's name")
     parser.add_argument("--api-key-env", default=API_KEY_ENV, help="variable with the key; unset or empty: no key")
 
 
 def _add_engine(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, port=ENGINE_PORT)
+    parser.add_argument("--served-base-name", help="name of the base model for clients; default: the folder's name")
 
 
 def _add_agent(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +68,7 @@ def _engine(options: argparse.Namespace) -> int:
     from tuneward_serving.engine.service import Settings
 
     settings = Settings(
-        base_name=_base_name(options),
+        base_name=options.served_base_name or options.model.resolve().name,
         max_adapters=options.max_adapters,
         max_rank=options.max_rank,
         api_key=os.environ.get(options.api_key_env) or None,
@@ -86,7 +86,6 @@ def _agent(options: argparse.Namespace) -> int:
             adapters=options.adapters,
             wanted=options.wanted,
             model=options.model,
-            base_name=_base_name(options),
             limits=Limits(max_adapters=options.max_adapters, max_rank=options.max_rank),
             host=options.host,
             port=options.port,
@@ -95,10 +94,6 @@ def _agent(options: argparse.Namespace) -> int:
             api_key=os.environ.get(options.api_key_env) or None,
         )
     )
-
-
-def _base_name(options: argparse.Namespace) -> str:
-    return str(options.served_base_name or options.model.resolve().name)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ class Service:
             prompts = [_chat_prompt(runner.tokenizer, body)]
         else:
             prompts = [_tokens(runner.tokenizer, prompt) for prompt in _each_prompt(body)]
-        for prompt in prompts:
+        for prompt in prompts or [[]]:
             _check_prompt(prompt, runner)
         return prompts
 
@@ -205,12 +205,10 @@ def _chat_prompt(tokenizer: Any, body: ChatBody) -> list[int]:
 
 
 def _each_prompt(body: CompletionBody) -> Sequence[str | Sequence[int]]:
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [prompt]  # type: ignore[list-item]  # a list of numbers: the schema knows no mixed one
-    return prompt
+    if isinstance(body.prompt, str):
+        return [body.prompt]
+    tokens = [item for item in body.prompt if isinstance(item, int)]
+    return [tokens] if tokens else [item for item in body.prompt if not isinstance(item, int)]
 
 
 def _tokens(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:

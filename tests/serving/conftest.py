@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.serving.processes import AgentProcess, Engine, running
+from tests.serving.tiny import make_adapter, make_model
+
+from tuneward_api.files import WantedAdapter
+
+MAX_RANK, MAX_ADAPTERS = 8, 4
+KEY = "s3cret"
+
+
+@pytest.fixture(scope="session")
+def base_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "tiny-1.0")
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store's adapters folder; tests add to it."""
+    return tmp_path_factory.mktemp("adapters")
+
+
+@pytest.fixture(scope="session")
+def good(adapters: Path, base_model: Path) -> WantedAdapter:
+    return make_adapter(adapters, base_model, name="ft:tiny-1.0:good:20261125:00000001", seed=1)
+
+
+@pytest.fixture(scope="session")
+def other(adapters: Path, base_model: Path) -> WantedAdapter:
+    return make_adapter(adapters, base_model, name="ft:tiny-1.0:other:20261125:00000002", seed=2, rank=2)
+
+
+@pytest.fixture(scope="session")
+def engine(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """One for the session: it takes 10 s to import torch. Tests leave no adapter behind."""
+    limits = ["--max-adapters", str(MAX_ADAPTERS), "--max-rank", str(MAX_RANK)]
+    served = Engine(
+        ["engine", "--model", str(base_model), *limits],
+        "/health",
+        tmp_path_factory.mktemp("engine") / "log",
+        {"TUNEWARD_API_KEY": KEY},
+    )
+    with running(served):
+        yield served
+
+
+@pytest.fixture
+def agent(engine: Engine, base_model: Path, adapters: Path, tmp_path: Path) -> Iterator[AgentProcess]:
+    places = ["--adapters", str(adapters), "--model", str(base_model), "--wanted", str(tmp_path / "adapters.json")]
+    limits = ["--max-adapters", str(MAX_ADAPTERS), "--max-rank", str(MAX_RANK), "--interval", "0.1"]
+    served = AgentProcess(
+        ["agent", "--engine", engine.url, *places, *limits], "/readyz", tmp_path / "log", {"TUNEWARD_API_KEY": KEY}
+    )
+    with running(served):
+        yield served
+        served.want([])
+        served.settled([])
+        wait_names(engine)
+
+
+def wait_names(engine: Engine) -> None:
+    from tests.support.wait import wait_for
+
+    wait_for(lambda: len(engine.names()) == 1, what="an engine without adapters")
