@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import httpx
-
 from tuneward_api import manifest
 from tuneward_api.uris import Uri, parse_uri
 from tuneward_trainer.report import config_bad, input_missing, model_unsupported, try_again
@@ -171,6 +169,7 @@ def _download(repository: str, commit: str, folder: Path) -> None:
 @contextmanager
 def _in_words(repository: str, revision: str | None) -> Iterator[None]:
     """Turns what the hub's library raises into the sentence and the exit code that it means."""
+    import httpx
     from huggingface_hub import errors
 
     what = f"hf://{repository}" + (f"@{revision}" if revision else "")

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from tuneward_api import names
 from tuneward_api.conditions import Reason
@@ -21,6 +21,7 @@ from tuneward_api.manifest import write_synced
 from tuneward_api.names import MAX_MESSAGE, ExitCode
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 REPORT: Final = "report.json"
 CRASHED: Final = 1
@@ -53,8 +54,8 @@ def try_again(message: str) -> EndError:
     return EndError(ExitCode.TRY_AGAIN, Reason.INFRASTRUCTURE, message)
 
 
-def ending(work: Callable[[], Report]) -> tuple[Report | None, EndError | None]:
-    """Runs `work`; gives its report, or why there is none."""
+def ending(work: Callable[[], T]) -> tuple[T | None, EndError | None]:
+    """Runs `work`; gives what it gave, or why there is nothing."""
     try:
         return work(), None
     except EndError as error:

@@ -53,7 +53,7 @@ def make_directory(path: Path) -> Path:
         for folder in reversed(missing):
             folder.mkdir(exist_ok=True)
             folder.chmod(DIRECTORY_MODE)
-        if not os.access(path, os.W_OK | os.X_OK):
+        if not os.access(path, os.W_OK | os.X_OK, effective_ids=True):
             raise PermissionError(13, "Permission denied", str(path))
     except PermissionError as error:
         raise not_writable(Path(str(error.filename)), error) from error
