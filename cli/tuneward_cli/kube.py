@@ -143,7 +143,7 @@ class Kube:
         """All objects with these labels; none when the kind itself is not there."""
         query = {"labelSelector": selector} if selector else None
         try:
-            items: list[Json] = self.call("GET", kind.path(self.namespace), query=query)["items"]
+            items: list[Json] = self.call("GET", kind.path(self.namespace), query=query)["items"] or []
         except RefusedError as refused:
             if refused.code == 404:
                 return []

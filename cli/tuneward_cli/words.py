@@ -16,7 +16,7 @@ _DOING: dict[str, str] = {
     Phase.PENDING: "waits for the operator",
     Phase.VALIDATING: "checks model and data, tokenizes",
     Phase.QUEUED: "waits for quota",
-    Phase.STARTING: "waits for its pods",
+    Phase.STARTING: "starts its workers",
     Phase.RUNNING: "trains",
     Phase.RECOVERING: "starts again from its newest checkpoint",
     Phase.SUSPENDED: "is suspended",
