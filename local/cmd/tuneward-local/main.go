@@ -63,8 +63,8 @@ func up(args []string) error {
 	if err != nil {
 		return err
 	}
-	if holder := dir.LockHolder(); holder != 0 {
-		return fmt.Errorf("%w (pid %d): %s", layout.ErrRunning, holder, dir)
+	if err := cli.AwaitFree(dir); err != nil {
+		return err
 	}
 	if options.Detach {
 		return cli.Detach(os.Args[1:], options.LogPath(dir))

@@ -69,3 +69,15 @@ func awaitStopped(dir layout.Dir, limit time.Duration) bool {
 	}
 	return false
 }
+
+// dyingDeadline is for a server that was killed a moment ago: its lock goes when the kernel has taken its
+// memory back, which is after `kill -9` returns.
+const dyingDeadline = 2 * time.Second
+
+// AwaitFree refuses to start beside a running server.
+func AwaitFree(dir layout.Dir) error {
+	if awaitStopped(dir, dyingDeadline) {
+		return nil
+	}
+	return fmt.Errorf("%w (pid %d): %s", layout.ErrRunning, dir.LockHolder(), dir)
+}

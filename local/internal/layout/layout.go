@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
+	"time"
 )
 
 // Version is the Kubernetes release in the program; build.sh stamps the same into component-base.
@@ -58,13 +59,25 @@ func (d Dir) Lock() (*os.File, error) {
 	if err != nil {
 		return nil, fmt.Errorf("cannot lock the data directory %s: %w", d, err)
 	}
-	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
+	if err := flockWithin(f, lockPatience); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("%w: %s (see `tuneward-local status --data %s`)", ErrRunning, d, d)
 	}
 	_ = f.Truncate(0)
 	_, err = fmt.Fprintf(f, "%d\n", os.Getpid())
 	return f, err
+}
+
+// lockPatience outlasts the moment in which `status` looks who holds the lock.
+const lockPatience = 500 * time.Millisecond
+
+func flockWithin(f *os.File, patience time.Duration) error {
+	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+		err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		if err == nil || time.Now().After(end) {
+			return err
+		}
+	}
 }
 
 // LockHolder is the pid of the process that holds the lock, 0 when none does. The pid alone would not
