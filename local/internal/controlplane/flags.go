@@ -2,6 +2,7 @@ package controlplane
 
 import (
 	"fmt"
+	"path/filepath"
 
 	"tuneward.dev/local/internal/pki"
 )
@@ -48,6 +49,8 @@ func managerFlags(config Config) []string {
 		// With the default of 20 requests a second, its own start takes 5 s of the cluster's 8.
 		"--kube-api-qps=500",
 		"--kube-api-burst=1000",
+		// By default it makes a directory under /usr/libexec.
+		"--flex-volume-plugin-dir=" + filepath.Join(config.Dir.Kubelet(), "flexvolume"),
 		"--profiling=false",
 	}
 }

@@ -16,7 +16,6 @@ import (
 	"k8s.io/kubernetes/cmd/kubelet/app/options"
 	"k8s.io/kubernetes/pkg/kubelet"
 	kubeletconfig "k8s.io/kubernetes/pkg/kubelet/apis/config"
-	kubecontainer "k8s.io/kubernetes/pkg/kubelet/container"
 	"k8s.io/kubernetes/pkg/kubelet/server"
 	kubeletutil "k8s.io/kubernetes/pkg/kubelet/util"
 	"k8s.io/kubernetes/pkg/util/oom"
@@ -41,6 +40,7 @@ func startKubelet(ctx context.Context, config Config, runtime *cri.Runtime, gpus
 	if err != nil {
 		return err
 	}
+	keepLogLinksInside(config.Dir)
 	dependencies, err := kubeletDependencies(config, settings, runtime, gpus)
 	if err != nil {
 		return err
@@ -72,6 +72,8 @@ func kubeletSettings(config Config) (*kubeletconfig.KubeletConfiguration, error)
 	c.SerializeImagePulls = false
 	// No cgroups of our own; and a laptop whose disk is nine tenths full should not lose its pods.
 	c.CgroupsPerQOS, c.EnforceNodeAllocatable = false, nil
+	// As root it would write chains into the machine's own firewall, for a kube-proxy that is not here.
+	c.MakeIPTablesUtilChains = false
 	c.EvictionHard = map[string]string{}
 	c.ImageGCHighThresholdPercent = 100
 	c.FailSwapOn = false
@@ -110,7 +112,7 @@ func kubeletDependencies(config Config, settings *kubeletconfig.KubeletConfigura
 		RemoteImageService:        runtime,
 		CAdvisorInterface:         &machine{dir: string(config.Dir)},
 		ContainerManager:          newContainerManager(string(config.Dir), gpus),
-		OSInterface:               kubecontainer.RealOS{},
+		OSInterface:               untouchedOS{},
 		OOMAdjuster:               oom.NewFakeOOMAdjuster(),
 		Mounter:                   mounts.mounter,
 		Subpather:                 mounts.subpather,
