@@ -7,6 +7,7 @@ cluster that it brought up.
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -82,6 +83,8 @@ def run(home: Home, voice: Voice, *, prompt: bool) -> int:
         if not brings:
             said, paste = "interrupted; the cluster was up before and stays, with what is in it", "tuneward down"
         else:
+            # Another Ctrl-C must not stop the clean-up that the first one asked for.
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             cluster.down(home, voice)
             said, paste = "interrupted; the cluster was taken down, its data is kept", "tuneward demo"
         raise CommandError(said, paste=paste, code=INTERRUPTED) from interrupt

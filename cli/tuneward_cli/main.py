@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias
@@ -243,6 +245,9 @@ def _chat(options: Arguments) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code. Errors go to stderr: a sentence, then the command to paste."""
+    if threading.current_thread() is threading.main_thread():
+        # Whoever ends us by SIGTERM gets the same care as a person at Ctrl-C: nothing is left behind.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         options = parser().parse_args(arguments)
         if options.command is None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from tuneward_api.conditions import FailureClass, Phase
 from tuneward_api.failures import Failure
@@ -21,8 +16,8 @@ from tuneward_cli import workstation
 from tuneward_cli.documents import load_valid, the_job
 from tuneward_cli.errors import CommandError
 from tuneward_cli.gang import Gang, failure_of
-from tuneward_cli.voice import Voice
-from tuneward_cli.words import losses_line, phase_line
+from tuneward_cli.voice import Bar, Voice
+from tuneward_cli.words import Seen, losses_line, phase_line, progress_line
 from tuneward_cli.workstation import Place
 
 
@@ -38,39 +33,33 @@ class Options:
     workers: int | None = None
 
 
-class StopError(Exception):
-    """Ctrl-C or SIGTERM."""
-
-
 def train(options: Options, voice: Voice) -> int:
     """Exit code. Raises CommandError with a sentence for everything that ends without a model."""
     loaded = load_valid(options.file)
-    job = the_job(loaded, options.name)
+    job = workstation.with_workers(the_job(loaded, options.name), options.workers)
     place = workstation.place_of(job, options.store, dict(options.claims))
     name = str(job.metadata["name"])
     for item in workstation.skipped(loaded, job):
         voice.line(f"  {item} is skipped: a workstation trains and serves nothing")
-    with _stopping():
-        try:
-            request = workstation.lay_out(place, loaded, job, restart=options.restart)
-            plan = workstation.prepare(place, request, voice)
-            _attempts(place, plan, job, options, voice)
-            report = workstation.finish(place, plan, voice)
-        except (StopError, KeyboardInterrupt) as stopped:
-            raise CommandError(
-                f"{phase_line(name, Phase.SUSPENDED)}: stopped on request; what was saved is in {place.run}",
-                paste=_again(options),
-                code=ExitCode.STOPPED,
-            ) from stopped
+    try:
+        request = workstation.lay_out(place, loaded, job, restart=options.restart)
+        plan = workstation.prepare(place, request, voice)
+        _attempts(place, plan, job, voice)
+        report = workstation.finish(place, plan, voice)
+    except KeyboardInterrupt as stopped:
+        raise CommandError(
+            f"{phase_line(name, Phase.SUSPENDED)}: stopped on request; what was saved is in {place.run}",
+            paste=_again(options),
+            code=ExitCode.STOPPED,
+        ) from stopped
     _tell(place, name, report, voice)
     return ExitCode.OK
 
 
-def _attempts(place: Place, plan: Plan, job: FineTuneJob, options: Options, voice: Voice) -> None:
+def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice) -> None:
     """Gangs, one after the other, until one succeeds or a budget is spent. A gang restarts whole."""
     name, left, spent = str(job.metadata["name"]), workstation.budget(job.spec.run_policy), Counter[FailureClass]()
-    count = workstation.ranks(job, options.workers)
-    while (failure := _attempt(place, plan, name, count, voice)) is not None:
+    while (failure := _attempt(place, plan, name, voice)) is not None:
         kind = failure.failure_class
         spent[kind] += 1
         if spent[kind] > left[kind]:
@@ -83,19 +72,24 @@ def _attempts(place: Place, plan: Plan, job: FineTuneJob, options: Options, voic
         time.sleep(min(30.0, 2.0 ** (spent[kind] - 1)))
 
 
-def _attempt(place: Place, plan: Plan, name: str, count: int, voice: Voice) -> Failure | None:
+def _attempt(place: Place, plan: Plan, name: str, voice: Voice) -> Failure | None:
     """One gang, from start to end; None when it succeeded."""
-    voice.line(phase_line(name, Phase.STARTING, f"{count} worker{'s' if count > 1 else ''} on this machine"))
-    gang = Gang.start(count, plan=place.plan, run=place.run, extra=workstation.mounts(place, plan))
+    gang = Gang.start(plan=place.plan, run=place.run, extra=workstation.mounts(place, plan))
     try:
-        with voice.bar(f"{name}: {Phase.RUNNING}") as bar:
-            code, result = gang.watch(bar.update)
-    except (StopError, KeyboardInterrupt):
-        voice.line("… stopping: a checkpoint is being saved")
+        with voice.bar(name) as bar:
+            code, result = gang.watch(lambda seen: _show(bar, name, seen))
+    except KeyboardInterrupt:
+        voice.line("… stopping: a checkpoint is being saved (Ctrl-C again gives up on it)")
         raise
     finally:
         gang.close()
     return failure_of(code, result) if code else None
+
+
+def _show(bar: Bar, name: str, seen: Seen | None) -> None:
+    phase = Phase.RUNNING if seen and seen.steps else Phase.STARTING
+    bar.phase(phase, phase_line(name, phase, progress_line(seen) if seen and seen.steps else None))
+    bar.update(seen or bar.seen)
 
 
 def _code_of(failure: Failure) -> int:
@@ -133,17 +127,3 @@ def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
             "metrics": metrics.to_json(),
         }
     )
-
-
-@contextmanager
-def _stopping() -> Iterator[None]:
-    """SIGTERM is a Ctrl-C."""
-
-    def stop(_number: int, _frame: FrameType | None) -> Any:
-        raise StopError
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,6 @@ status is decided here from the run directory, so that the same command again go
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -28,10 +27,9 @@ from tuneward_api.files import (
     PrepareReport,
     Report,
     Request,
-    Result,
     canonical_json,
 )
-from tuneward_api.finetunejob import FineTuneJob, RunPolicy
+from tuneward_api.finetunejob import FineTuneJob, RunPolicy, Workers
 from tuneward_api.manifest import write_synced
 from tuneward_api.names import ExitCode
 from tuneward_api.uris import Uri, parse_uri
@@ -84,6 +82,14 @@ def place_of(job: FineTuneJob, store: Path, claims: Mapping[str, Path]) -> Place
     return Place(store=store, run=store / names.run_directory(str(job.metadata["name"]), ""), claims=claims)
 
 
+def with_workers(job: FineTuneJob, workers: int | None) -> FineTuneJob:
+    """The job as `--workers` asks for it; the launcher takes no more ranks than the machine has."""
+    if workers is None:
+        return job
+    asked = (job.spec.workers or Workers()).model_copy(update={"replicas": workers})
+    return job.model_copy(update={"spec": job.spec.model_copy(update={"workers": asked})})
+
+
 def request_of(job: FineTuneJob) -> Request:
     name = str(job.metadata["name"])
     return Request(
@@ -113,6 +119,7 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
         shutil.rmtree(place.run, ignore_errors=True)
     request = request_of(job)
     wanted = {place.request: canonical_json(request.to_json()), **_config_map_files(place, loaded, job)}
+    _take_other_workers(place, request)
     for file, text in wanted.items():
         if file.exists() and file.read_text() != text:
             raise CommandError(
@@ -133,6 +140,24 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
             code=ExitCode.CONFIG_BAD,
         ) from error
     return request
+
+
+def _take_other_workers(place: Place, request: Request) -> None:
+    """The number of workers alone may change between two runs: the result does not depend on it."""
+    for file, kind in ((place.request, Request), (place.plan, Plan)):
+        try:
+            found = kind.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        before = found if isinstance(found, Request) else found.request
+        if _without_workers(before) != _without_workers(request) or before == request:
+            continue
+        new = request if isinstance(found, Request) else found.model_copy(update={"request": request})
+        write_synced(file, canonical_json(new.to_json()).encode())
+
+
+def _without_workers(request: Request) -> Request:
+    return request.model_copy(update={"spec": request.spec.model_copy(update={"workers": None})})
 
 
 def _config_map_uris(job: FineTuneJob) -> list[Uri]:
@@ -252,15 +277,3 @@ def budget(policy: RunPolicy | None) -> dict[FailureClass, int]:
     """Retries for each class of failure: the spec's, else the table's."""
     asked = policy.retries.to_json() if policy and policy.retries else {}
     return {known: int(asked.get(known[0].lower() + known[1:], count)) for known, count in DEFAULT_RETRIES.items()}
-
-
-def ranks(job: FineTuneJob, workers: int | None, *, cpus: int | None = None) -> int:
-    """Processes: what is asked for (`--workers` first), at most what this machine has."""
-    asked = workers or (job.spec.workers.replicas if job.spec.workers else None) or 1
-    return max(1, min(asked, cpus or os.cpu_count() or 1))
-
-
-def last_result(place: Place) -> Result | None:
-    """The newest attempt's."""
-    found = sorted(place.run.glob("attempts/*/result.json"), key=lambda file: int(file.parent.name))
-    return Result.model_validate_json(found[-1].read_bytes()) if found else None

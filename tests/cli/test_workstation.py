@@ -108,11 +108,15 @@ def test_all_problems_of_a_file_are_shown_with_their_lines(tmp_path: Path) -> No
         load_valid(file)
 
 
-def test_ranks_are_at_most_what_the_machine_has(tmp_path: Path) -> None:
-    job = the_job(written(tmp_path))
-    assert workstation.ranks(job, None, cpus=2) == 2
-    assert workstation.ranks(job, 1, cpus=2) == 1
-    assert workstation.ranks(job, None, cpus=64) == 4
+def test_only_the_number_of_workers_may_change_between_runs(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    place = laid_out(tmp_path, loaded)
+    fewer = workstation.with_workers(the_job(loaded), 1)
+    request = workstation.lay_out(place, loaded, fewer, restart=False)
+    assert request.spec.workers is not None
+    assert request.spec.workers.replicas == 1
+    assert request.spec.workers.gpus_per_worker == 0
+    assert '"replicas":1' in place.request.read_text()
 
 
 def test_budgets_come_from_the_spec_first() -> None:
