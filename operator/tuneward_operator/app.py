@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tuneward_api.names import LABEL_JOB
-from tuneward_operator.cache import Cache
+from tuneward_operator.cache import Cache, ObjectKey
 from tuneward_operator.health import Metrics
 from tuneward_operator.kube import (
     CLAIMS,
@@ -32,6 +32,7 @@ from tuneward_operator.kube import (
 )
 from tuneward_operator.poll import Board, Pull
 from tuneward_operator.queue import Key, KeyedQueue
+from tuneward_operator.served import Serving
 from tuneward_operator.settings import Settings
 from tuneward_operator.views import (
     ClaimView,
@@ -92,6 +93,10 @@ class App:
     caches: Caches = field(default_factory=Caches)
     metrics: Metrics = field(default_factory=Metrics)
     board: Board = field(default_factory=Board)
+    serving: dict[ObjectKey, Serving] = field(default_factory=dict)
+    """By server: what its last pass found, for the passes of its models."""
+    applied: dict[tuple[str, str], str] = field(default_factory=dict)
+    """By uid of a server and kind: digest of what was applied last, so that a pass without news writes nothing."""
     now: Callable[[], datetime] = utc_now
     deaf: set[str] = field(default_factory=set)
     """Kinds of ours whose watch missed a change; only a restart heals it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tuneward_api.files import FinishedAdapter, Images, JobRef, Plan, Request, canonical_json
 from tuneward_api.finetunejob import FineTuneJobSpec, Resources
@@ -79,6 +79,15 @@ class Owner:
         return 1 if asked is None else asked
 
 
+class StoreUser(Protocol):
+    """A job or a server."""
+
+    @property
+    def namespace(self) -> str: ...
+    @property
+    def store_claim(self) -> str: ...
+
+
 def attempt_name(job: str, launch: int) -> str:
     return hashed(f"{job}-a{launch}")
 
@@ -112,7 +121,7 @@ def request_of(owner: Owner, settings: Settings) -> Request:
     )
 
 
-def store_claim(owner: Owner, settings: Settings) -> Object:
+def store_claim(owner: StoreUser, settings: Settings) -> Object:
     """The namespace's store. Nobody owns it: models and adapters outlive every job."""
     spec: Object = {
         "accessModes": [settings.storage_access_mode],

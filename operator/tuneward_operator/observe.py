@@ -152,8 +152,8 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
         generation=view.generation,
         status=status,
         refusal=refusal,
-        prepare=_helper(PREPARE, jobs, pods, PrepareReport),
-        finish=_helper(FINISH, jobs, pods, FinishReport),
+        prepare=helper_of(PREPARE, jobs, pods, PrepareReport),
+        finish=helper_of(FINISH, jobs, pods, FinishReport),
         gang=_gang((status.launches or 0) + 1, attempts, pods, workers),
         workers=workers,
         attempts=attempts,
@@ -248,7 +248,7 @@ def _outcome(job: JobView) -> Outcome:
     return "Running"
 
 
-def _helper(role: str, jobs: list[JobView], pods: list[PodView], model: type[Report]) -> Helper | None:
+def helper_of(role: str, jobs: list[JobView], pods: list[PodView], model: type[Report]) -> Helper | None:
     job = next((found for found in jobs if found.role == role), None)
     if job is None:
         return None

@@ -66,7 +66,9 @@ def mirrored(seen: Seen, now: datetime) -> FineTuneJobStatus:
     if seen.owner.spec.serve is not None and seen.status.phase == Phase.SUCCEEDED:
         known = [found for found in seen.status.conditions or () if found.type != ConditionType.SERVED]
         before = [found for found in seen.status.conditions or () if found.type == ConditionType.SERVED]
-        served = _condition(ConditionType.SERVED, _served(seen, seen.owner.spec.serve.server), before, seen.generation, now)
+        served = make_condition(
+            ConditionType.SERVED, _served(seen, seen.owner.spec.serve.server), before, seen.generation, now
+        )
         update["conditions"] = [*known, served]
     return seen.status.model_copy(update=update)
 
@@ -74,10 +76,10 @@ def mirrored(seen: Seen, now: datetime) -> FineTuneJobStatus:
 def conditions(seen: Seen, status: FineTuneJobStatus, say: Say, now: datetime) -> list[Condition]:
     """All types, always in the same order; a time moves only when the truth of its condition does."""
     before = seen.status.conditions or []
-    return [_condition(kind, truth, before, seen.generation, now) for kind, truth in _truths(seen, status, say).items()]
+    return [make_condition(kind, truth, before, seen.generation, now) for kind, truth in _truths(seen, status, say).items()]
 
 
-def _condition(kind: ConditionType, truth: Truth, before: list[Condition], generation: int, now: datetime) -> Condition:
+def make_condition(kind: ConditionType, truth: Truth, before: list[Condition], generation: int, now: datetime) -> Condition:
     holds, reason, message = truth
     value: Literal["True", "False", "Unknown"] = "Unknown" if holds is None else "True" if holds else "False"
     since = [known.last_transition_time for known in before if known.type == kind and known.status == value]

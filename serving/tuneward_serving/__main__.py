@@ -38,7 +38,7 @@ def _add_engine(parser: argparse.ArgumentParser) -> None:
 
 def _add_agent(parser: argparse.ArgumentParser) -> None:
     _add_common(parser, port=AGENT_PORT)
-    parser.add_argument("--engine", required=True, help="base URL of the engine, such as http://127.0.0.1:8000")
+    parser.add_argument("--engine", help="base URL of the engine; default: port 8000 of --host")
     parser.add_argument("--adapters", type=Path, default=_folder(ENV_ADAPTERS_DIR), help="the store's adapters folder")
     parser.add_argument("--wanted", type=Path, default=Path(WANTED_FILE), help="adapters.json")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between two looks")
@@ -48,6 +48,11 @@ def _add_agent(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="least tolerance of a proof, for an engine that computes in another type than the trainer did",
     )
+
+
+def _beside(host: str) -> str:
+    """The engine of the same pod; an IPv6 address goes in brackets."""
+    return f"http://[{host}]:{ENGINE_PORT}" if ":" in host else f"http://{host}:{ENGINE_PORT}"
 
 
 def _folder(variable: str) -> Path:
@@ -82,7 +87,7 @@ def _agent(options: argparse.Namespace) -> int:
 
     return serve_agent(
         AgentOptions(
-            engine=options.engine,
+            engine=options.engine or _beside(options.host),
             adapters=options.adapters,
             wanted=options.wanted,
             model=options.model,

@@ -13,7 +13,7 @@ from tuneward_trainer import models
 from tuneward_trainer.facts import examine, load_tokenizer
 from tuneward_trainer.prepare import base_of
 from tuneward_trainer.report import config_bad, emit, ending, input_missing, start_logging
-from tuneward_trainer.store import Places
+from tuneward_trainer.store import Places, make_directory
 
 
 def main(request_file: Path) -> int:
@@ -39,6 +39,8 @@ def read_request(file: Path) -> FetchRequest:
 def fetch(request: FetchRequest, places: Places) -> FetchReport:
     """Raises EndError."""
     found = models.find(request.uri, places=places, store_claim=request.store_claim)
+    # A server's pods mount it read-only, and a directory that the kubelet makes has the kubelet's own mode.
+    make_directory(places.root() / "adapters")
     base = base_of(found, examine(found.folder), load_tokenizer(found.folder))
     message = f"{base.uri} is in the store: {base.architecture}, {base.parameters} parameters"
     return FetchReport(outcome="Done", reason=Reason.AVAILABLE, message=message, base=base)
