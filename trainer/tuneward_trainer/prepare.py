@@ -48,7 +48,7 @@ def main(request_file: Path) -> int:
     def work() -> PrepareReport:
         nonlocal folder
         request = read_request(request_file)
-        folder = make_run_directory(places.store / request.run_directory)
+        folder = make_run_directory(places.root() / request.run_directory)
         prepared = prepare(request, places, folder)
         return PrepareReport(outcome="Done", reason=Reason.VALIDATED, message=sentence(prepared), prepared=prepared)
 

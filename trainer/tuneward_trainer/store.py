@@ -38,6 +38,12 @@ class Places:
         found = {name: Path(os.environ.get(name, default)) for name, default in names.DEFAULT_DIRS.items()}
         return cls(found[names.ENV_STORE_DIR], found[names.ENV_CLAIMS_DIR], found[names.ENV_CONFIGMAPS_DIR])
 
+    def root(self) -> Path:
+        """Of the store. Raises EndError if it is not mounted: a folder made in its place would be lost."""
+        if not self.store.is_dir():
+            raise input_missing(f"the store is not mounted at {self.store}")
+        return self.store
+
     def claim(self, name: str, store_claim: str) -> Path:
         """Root of a claim. Raises EndError if it is not mounted."""
         root = self.store if name == store_claim else self.claims / name
