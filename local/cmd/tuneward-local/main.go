@@ -63,6 +63,11 @@ func up(args []string) error {
 	if err != nil {
 		return err
 	}
+	if !options.ControlPlaneOnly {
+		if err := dir.CheckNodePath(); err != nil {
+			return err
+		}
+	}
 	if err := cli.AwaitFree(dir); err != nil {
 		return err
 	}

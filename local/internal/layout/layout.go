@@ -32,6 +32,18 @@ func Open(path string) (Dir, error) {
 	return Dir(real), err
 }
 
+// maxNodePath keeps the kubelet's socket DIR/kubelet/pod-resources/<10 digits> within the 107 bytes that
+// the kernel allows; the kubelet ends the process where it does not fit.
+const maxNodePath = 107 - len("/kubelet/pod-resources/0123456789")
+
+// CheckNodePath refuses a directory that lies too deep for a node.
+func (d Dir) CheckNodePath() error {
+	if len(d) > maxNodePath {
+		return fmt.Errorf("the data directory's path has %d bytes and sockets in it allow %d: %s; choose a shorter one with --data", len(d), maxNodePath, d)
+	}
+	return nil
+}
+
 func (d Dir) join(elem ...string) string {
 	return filepath.Join(append([]string{string(d)}, elem...)...)
 }

@@ -6,6 +6,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 )
 
@@ -128,5 +129,14 @@ func TestReadyIsReadAsWritten(t *testing.T) {
 	}
 	if got, err := dir.ReadReady(); err != nil || got != want {
 		t.Errorf("%+v, %v", got, err)
+	}
+}
+
+func TestAPathTooLongForTheKubeletsSocketsIsRefused(t *testing.T) {
+	if err := Dir("/" + strings.Repeat("x", maxNodePath-1)).CheckNodePath(); err != nil {
+		t.Error(err)
+	}
+	if err := Dir("/" + strings.Repeat("x", maxNodePath)).CheckNodePath(); err == nil {
+		t.Error("it is accepted")
 	}
 }
