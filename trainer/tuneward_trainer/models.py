@@ -10,26 +10,20 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from tuneward_api import manifest
 from tuneward_api.uris import Uri, parse_uri
-from tuneward_trainer.report import config_bad, input_missing, model_unsupported, try_again
+from tuneward_trainer.report import config_bad, input_missing, model_unsupported
 from tuneward_trainer.store import Places, alone, make_directory
 
 log = logging.getLogger(__name__)
 
 SOURCE: Final = "source.json"
-"""Beside a model: what its key stands for. For one read in place, the digest too, which takes minutes to compute."""
+"""In the store, of a model that is read in place: its digest, which takes minutes to compute."""
 _COMMIT: Final = re.compile(r"^[0-9a-f]{40}$")
-_WANTED: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "README.md", "LICENSE*")
-_UNWANTED: Final = ("original/*", "consolidated*", "*/*", "training_args*")
-"""Second copies of the weights in their makers' own format, and subfolders of other formats."""
 
 
 @dataclass(frozen=True)
@@ -106,18 +100,19 @@ def _check_weights(folder: Path, uri: str) -> None:
 
 
 def _hub(uri: Uri, places: Places, store_claim: str, pins: Path | None) -> Found:
+    from tuneward_trainer import hub
+
     repository = f"{uri.authority}/{uri.path}"
     commit = _commit(repository, uri, pins)
     pinned = f"hf://{repository}@{commit}"
     key = _key(pinned)
-    folder = places.store / "models" / key
+    folder = places.root() / "models" / key
     with alone(folder):
         if not manifest.complete(folder):
             make_directory(folder)
-            _download(repository, commit, folder)
+            entries = hub.download(repository, commit, folder)
             _check_weights(folder, pinned)
-            manifest.write_synced(folder / SOURCE, json.dumps({"uri": pinned}).encode())
-            manifest.write_manifest(folder)
+            manifest.write_manifest(folder, entries)
     return Found(folder, folder, pinned, key, manifest.read_manifest(folder)[0], store_claim, f"models/{key}")
 
 
@@ -125,9 +120,11 @@ def _commit(repository: str, uri: Uri, pins: Path | None) -> str:
     """The commit of a branch or tag, asked once for each job."""
     if uri.revision and _COMMIT.match(uri.revision):
         return uri.revision
+    from tuneward_trainer import hub
+
     known = _read_pins(pins)
     if str(uri) not in known:
-        known[str(uri)] = _ask_commit(repository, uri.revision)
+        known[str(uri)] = hub.commit_of(repository, uri.revision)
         if pins is not None:
             manifest.write_synced(pins, json.dumps(known).encode())
     return known[str(uri)]
@@ -138,63 +135,3 @@ def _read_pins(pins: Path | None) -> dict[str, str]:
         return {}
     content: dict[str, str] = json.loads(pins.read_text())
     return content
-
-
-def _ask_commit(repository: str, revision: str | None) -> str:
-    from huggingface_hub import HfApi
-
-    with _in_words(repository, revision):
-        commit = HfApi().model_info(repository, revision=revision, timeout=30).sha
-    return str(commit)
-
-
-def _download(repository: str, commit: str, folder: Path) -> None:
-    """Goes on where a killed download ended."""
-    from huggingface_hub import snapshot_download
-
-    log.info("fetching %s at %s", repository, commit[:12])
-    with _in_words(repository, commit):
-        snapshot_download(
-            repository,
-            revision=commit,
-            local_dir=folder,
-            allow_patterns=list(_WANTED),
-            ignore_patterns=list(_UNWANTED),
-        )
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
-    for path in manifest.list_files(folder):
-        (folder / path).chmod(0o644)
-
-
-@contextmanager
-def _in_words(repository: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub's library raises into the sentence and the exit code that it means."""
-    import httpx
-    from huggingface_hub import errors
-
-    what = f"hf://{repository}" + (f"@{revision}" if revision else "")
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise input_missing(
-            f"{what} is gated: accept its terms on the hub, and name a Secret with the key token in spec.model.secretRef"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise input_missing(f"{what} has no such revision; name a branch, tag or commit that exists") from error
-    except errors.RepositoryNotFoundError as error:
-        raise input_missing(
-            f"{what} does not exist, or is private: check the name, or name a Secret with the key token "
-            "in spec.model.secretRef"
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", 0)
-        if status in (401, 403):
-            raise input_missing(
-                f"the hub refused the token ({status}) for {what}; renew the Secret of spec.model.secretRef"
-            ) from error
-        raise try_again(f"the hub answered {status or 'with an error'} for {what}; trying again may help") from error
-    except (errors.LocalEntryNotFoundError, ConnectionError, TimeoutError, httpx.TransportError) as error:
-        raise try_again(
-            f"the hub cannot be reached for {what} ({type(error).__name__}); check the network of the prepare pod, "
-            "or bring the model in with `tuneward import` and name it by pvc://"
-        ) from error
