@@ -66,12 +66,13 @@ func (r *Runtime) execCommand(ctx context.Context, id string, args []string, ter
 	request, hold, err := requestPipe(shim.ExecRequest{
 		Init: init, Args: args, Env: spec.Env, Cwd: spec.Cwd,
 		User: spec.User != nil, NoNewPrivs: spec.NoNewPrivs, Terminal: terminal,
+		Directory: c.dir, Notify: spec.Notify,
 	})
 	if err != nil {
 		return nil, err
 	}
 	command := exec.CommandContext(ctx, r.cfg.ShimPath, "exec")
-	command.Dir, command.Env = "/", []string{"GOMAXPROCS=1"}
+	command.Dir, command.Env = "/", shimEnvironment(spec.Notify)
 	command.ExtraFiles = []*os.File{request}
 	command.Cancel = hold.Close
 	command.WaitDelay = leftoverTime

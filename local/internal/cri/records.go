@@ -102,6 +102,10 @@ func (c *container) finish() {
 	exit := &shim.Exit{}
 	path := filepath.Join(c.dir, shim.ExitFile)
 	if err := shim.ReadJSON(path, exit); err != nil {
+		c.mu.Lock()
+		first := c.running.Init
+		c.mu.Unlock()
+		shim.EndSession(first)
 		*exit = shim.Exit{
 			Code: shim.LostCode, FinishedAt: time.Now().UnixNano(),
 			Reason: "Error", Message: "the container's shim is gone",

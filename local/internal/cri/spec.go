@@ -30,9 +30,14 @@ func (r *Runtime) containerSpec(id string, config *runtimeapi.ContainerConfig, s
 		return nil, err
 	}
 	security := config.GetLinux().GetSecurityContext()
+	root := r.imageRoot(imageName(config))
+	if root != "/" && r.cfg.Way == WayNotify {
+		return nil, fmt.Errorf("image %q is the directory %s, which needs namespaces, and this machine allows none",
+			imageName(config), root)
+	}
 	spec := &shim.Spec{
 		ID:           id,
-		Root:         r.imageRoot(imageName(config)),
+		Root:         root,
 		Args:         append(append([]string{}, config.GetCommand()...), config.GetArgs()...),
 		Env:          r.environment(config, s.Hostname),
 		Cwd:          config.GetWorkingDir(),
@@ -42,6 +47,7 @@ func (r *Runtime) containerSpec(id string, config *runtimeapi.ContainerConfig, s
 		ReadOnlyRoot: security.GetReadonlyRootfs(),
 		Privileged:   security.GetPrivileged(),
 		NoNewPrivs:   security.GetNoNewPrivs(),
+		Notify:       r.cfg.Way == WayNotify,
 	}
 	if spec.Cwd == "" {
 		spec.Cwd = "/"

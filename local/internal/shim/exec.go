@@ -28,6 +28,9 @@ type ExecRequest struct {
 	User       bool     `json:"user"` // the container has a user namespace of its own
 	NoNewPrivs bool     `json:"noNewPrivs"`
 	Terminal   bool     `json:"terminal"`
+	// Directory is the container's; its spec says the rest about one without namespaces.
+	Directory string `json:"directory"`
+	Notify    bool   `json:"notify"`
 }
 
 // Exec runs a command in a container with the caller's descriptors 0 to 2 and returns its exit code. The
@@ -39,6 +42,9 @@ func Exec() int {
 	if err := json.NewDecoder(source).Decode(request); err != nil {
 		fmt.Fprintln(os.Stderr, "reading the request:", err)
 		return NotFoundCode
+	}
+	if request.Notify {
+		return execNotify(request, source)
 	}
 	pid, err := startIn(request)
 	if err != nil {

@@ -28,6 +28,13 @@ func become(directory string) error {
 	if err := ReadJSON(filepath.Join(directory, SpecFile), spec); err != nil {
 		return err
 	}
+	if spec.Notify {
+		if err := underFilter(); err != nil {
+			return err
+		}
+	} else if err := buildRoot(spec); err != nil {
+		return err
+	}
 	if err := prepare(spec); err != nil {
 		return err
 	}
@@ -42,12 +49,10 @@ func become(directory string) error {
 	return fmt.Errorf("exec %s: %w", spec.Args[0], err)
 }
 
-// prepare does everything up to the command; `probe` ends here.
+// prepare does what is left once the container's paths are there.
 func prepare(spec *Spec) error {
-	if err := buildRoot(spec); err != nil {
-		return err
-	}
-	if spec.Hostname != "" {
+	// Without namespaces it is the server that answers with the host name.
+	if spec.Hostname != "" && !spec.Notify {
 		if err := unix.Sethostname([]byte(spec.Hostname)); err != nil {
 			return fmt.Errorf("hostname %s: %w", spec.Hostname, err)
 		}

@@ -60,6 +60,17 @@ type container struct {
 	command *exec.Cmd
 	log     *logFile
 	streams sync.WaitGroup
+	// notify is set for a container without namespaces, terminal for a command on one (exec only).
+	notify, terminal bool
+}
+
+// waitAll returns when the first process and all its descendants have ended. A PID namespace sees to the
+// descendants itself.
+func (c *container) waitAll() {
+	if c.notify {
+		c.waitDescendants()
+	}
+	_ = c.command.Wait()
 }
 
 func start(directory string, spec *Spec) (*container, error) {
@@ -72,7 +83,7 @@ func start(directory string, spec *Spec) (*container, error) {
 	if err := writeRun(directory, 0); err != nil {
 		return nil, err
 	}
-	c := &container{log: log}
+	c := &container{log: log, notify: spec.Notify}
 	if err := c.launch(directory, spec); err != nil {
 		return nil, err
 	}
@@ -110,13 +121,9 @@ func reopenOnSignal(log *logFile) {
 	}()
 }
 
-// launch starts `tuneward-shim init` in new namespaces and returns when that has become the command.
+// launch starts the container's first process with its streams in the log, and returns when it has become
+// the command.
 func (c *container) launch(directory string, spec *Spec) error {
-	failure, failureW, err := os.Pipe()
-	if err != nil {
-		return err
-	}
-	defer failure.Close()
 	stdout, stdoutW, err := os.Pipe()
 	if err != nil {
 		return err
@@ -125,24 +132,56 @@ func (c *container) launch(directory string, spec *Spec) error {
 	if err != nil {
 		return err
 	}
+	failure, err := c.spawn(directory, filepath.Join(directory, skeletonDir), spec, [3]*os.File{nil, stdoutW, stderrW})
+	stdoutW.Close()
+	stderrW.Close()
+	if err != nil {
+		return err
+	}
+	c.copyStreams(stdout, stderr)
+	return c.awaitExec(failure)
+}
+
+// spawn starts `tuneward-shim init` for the spec in directory, in new namespaces or under the filter. What
+// can be read from the returned pipe is why it failed.
+func (c *container) spawn(directory, skeleton string, spec *Spec, streams [3]*os.File) (*os.File, error) {
+	failure, failureW, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	defer failureW.Close()
 	c.command = &exec.Cmd{
 		Path:        "/proc/self/exe", // not os.Executable: a rebuild may have replaced the file
 		Args:        []string{"tuneward-shim", "init", directory},
 		Env:         []string{},
-		Stdout:      stdoutW,
-		Stderr:      stderrW,
 		ExtraFiles:  []*os.File{failureW},
 		SysProcAttr: attributes(spec),
 	}
-	err = c.command.Start()
-	for _, file := range []*os.File{failureW, stdoutW, stderrW} {
-		file.Close()
+	c.command.SysProcAttr.Setctty = c.terminal
+	c.setStreams(streams)
+	if spec.Notify {
+		err = c.startNotify(spec, skeleton)
+	} else {
+		err = c.command.Start()
 	}
 	if err != nil {
-		return fmt.Errorf("creating the container's namespaces: %w", err)
+		failure.Close()
+		return nil, fmt.Errorf("creating the container: %w", err)
 	}
-	c.copyStreams(stdout, stderr)
-	return c.awaitExec(failure)
+	return failure, nil
+}
+
+// setStreams leaves nil files out: a nil *os.File would not be a nil io.Reader.
+func (c *container) setStreams(streams [3]*os.File) {
+	if streams[0] != nil {
+		c.command.Stdin = streams[0]
+	}
+	if streams[1] != nil {
+		c.command.Stdout = streams[1]
+	}
+	if streams[2] != nil {
+		c.command.Stderr = streams[2]
+	}
 }
 
 func (c *container) copyStreams(stdout, stderr *os.File) {
@@ -157,6 +196,7 @@ func (c *container) copyStreams(stdout, stderr *os.File) {
 
 // awaitExec reads the pipe that execve closes. What comes through it is why there was no execve.
 func (c *container) awaitExec(failure *os.File) error {
+	defer failure.Close()
 	message, err := io.ReadAll(failure)
 	if err != nil {
 		return err
@@ -177,6 +217,10 @@ func attributes(spec *Spec) *syscall.SysProcAttr {
 		Pdeathsig:  syscall.SIGKILL,
 		// A command that signals its process group (kill 0) must not meet its shim there.
 		Setsid: true,
+	}
+	if spec.Notify {
+		attr.Cloneflags = 0
+		return attr
 	}
 	if spec.User == nil {
 		return attr
@@ -205,7 +249,7 @@ func mappings(user *User, uid, gid int) (uids, gids []syscall.SysProcIDMap) {
 // wait records how the container ended, after its last line is in the log: who sees the exit record may
 // read the log at once.
 func (c *container) wait(directory string) error {
-	_ = c.command.Wait()
+	c.waitAll()
 	finished := time.Now()
 	drained := make(chan struct{})
 	go func() {

@@ -41,11 +41,13 @@ type Spec struct {
 	Hostname string   `json:"hostname"`
 	Mounts   []Mount  `json:"mounts"`
 	// User is nil where the container runs as the caller, without a user namespace of its own.
-	User         *User  `json:"user,omitempty"`
-	ReadOnlyRoot bool   `json:"readOnlyRoot,omitempty"`
-	Privileged   bool   `json:"privileged,omitempty"`
-	NoNewPrivs   bool   `json:"noNewPrivs,omitempty"`
-	LogPath      string `json:"logPath"`
+	User         *User `json:"user,omitempty"`
+	ReadOnlyRoot bool  `json:"readOnlyRoot,omitempty"`
+	Privileged   bool  `json:"privileged,omitempty"`
+	NoNewPrivs   bool  `json:"noNewPrivs,omitempty"`
+	// Notify runs the container without namespaces; see notify.go.
+	Notify  bool   `json:"notify,omitempty"`
+	LogPath string `json:"logPath"`
 }
 
 // Mount places a file or directory of the machine into the container.
