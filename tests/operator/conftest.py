@@ -20,8 +20,7 @@ def api(control_plane: Cluster) -> Iterator[httpx.Client]:
 def operators(control_plane: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Operators]:
     found = Operators(control_plane, tmp_path_factory.mktemp("operators"))
     yield found
-    found.end_own()
-    found.end_shared()
+    found.end()
 
 
 @pytest.fixture

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from pathlib import Path
+
 import pytest
-from tests.operator.world import Object, World, result, running
+from tests.operator.assassin import Assassin
+from tests.operator.world import Object, World, client, result, running
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.cluster
@@ -67,3 +71,47 @@ def _ours(found: Object) -> Object:
     """All that is not the Job controller's."""
     metadata = {key: found["metadata"].get(key) for key in ("uid", "generation", "labels", "annotations", "ownerReferences")}
     return {"metadata": metadata, "spec": found.get("spec"), "data": found.get("data")}
+
+
+@pytest.mark.parametrize("after", [True, False], ids=["answer-lost", "write-lost"])
+def test_an_operator_killed_at_every_write_doubles_and_loses_nothing(world: World, tmp_path: Path, after: bool) -> None:
+    """Each write of a job's whole life kills the operator once; a fresh one goes on from what is there."""
+    victims: list[int] = []
+    stop = threading.Event()
+
+    api = client(world.operators.cluster.kubeconfig)
+    assassin = Assassin(api, tmp_path, lambda: world.kill(victims[-1]), after=after)
+
+    def resurrect() -> None:
+        while not stop.wait(0.02):
+            if not victims or not world.operators.alive(victims[-1]):
+                flags = ("--namespaces", world.namespace, "--retry-seconds", "0")
+                victims.append(world.operators.start(*flags, kubeconfig=assassin.kubeconfig))
+
+    world.operators.end_shared()
+    thread = threading.Thread(target=resurrect, daemon=True)
+    thread.start()
+    try:
+        world.submit()
+        pod = running(world)
+        world.ends(pod, 0, result(pod, 1))
+        world.finish_done()
+        status = world.wait_phase("Succeeded", timeout=120)
+    finally:
+        stop.set()
+        thread.join()
+        assassin.close()
+        api.close()
+    assert sorted(assassin.created) == [
+        "ConfigMap/bot-plan",
+        "ConfigMap/bot-request",
+        "FineTunedModel/bot-abababab",
+        "Job/bot-a1",
+        "Job/bot-finish",
+        "Job/bot-prepare",
+        "PersistentVolumeClaim/tuneward-store",
+        "Service/bot-gang",
+    ]
+    assert (status["launches"], status["attemptCount"]) == (1, 1)
+    assert "retries" not in status
+    assert len(victims) > len(assassin.created)

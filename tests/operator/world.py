@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import secrets
 import signal
 import ssl
@@ -64,42 +65,62 @@ class Operators:
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self.cluster = cluster
         self.folder = folder
-        self._own: list[subprocess.Popen[str]] = []
-        self._shared: subprocess.Popen[str] | None = None
+        self._own: list[int] = []
+        self._shared: int | None = None
         self._started = 0
+        command = [sys.executable, str(Path(__file__).parent / "zygote.py")]
+        self._zygote = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def start(self, *flags: str, kubeconfig: Path | None = None) -> subprocess.Popen[str]:
-        command = [
-            *(sys.executable, "-m", "tuneward_operator", "run", "--kubeconfig", str(kubeconfig or self.cluster.kubeconfig)),
-            *("--image-trainer", "trainer:1", "--health-port", "0", "--log-format", "text"),
-            *("--retry-seconds", "0.1", "--poll-seconds", "0.2"),
+    def start(self, *flags: str, kubeconfig: Path | None = None) -> int:
+        """The pid of a new operator."""
+        assert self._zygote.stdin is not None
+        assert self._zygote.stdout is not None
+        arguments = [
+            *("run", "--kubeconfig", str(kubeconfig or self.cluster.kubeconfig), "--image-trainer", "trainer:1"),
+            *("--health-port", "0", "--log-format", "text", "--retry-seconds", "0.1", "--poll-seconds", "0.2"),
             *flags,
         ]
         self._started += 1
         log = self.folder / f"operator-{self._started:03}.log"
-        with log.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True)
-        self._own.append(process)
-        return process
+        self._zygote.stdin.write(json.dumps([arguments, str(log)]) + "\n")
+        self._zygote.stdin.flush()
+        pid = int(self._zygote.stdout.readline())
+        self._own.append(pid)
+        return pid
 
     def share(self) -> None:
         if self._shared is None:
             self._shared = self.start()
             self._own.remove(self._shared)
 
-    def kill(self, process: subprocess.Popen[str]) -> None:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    def kill(self, pid: int) -> None:
+        """SIGKILL, and back only when it is gone."""
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        wait_for(lambda: not self.alive(pid), what=f"the end of {pid}", interval=0.005)
+
+    @staticmethod
+    def alive(pid: int) -> bool:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
 
     def end_own(self) -> None:
-        for process in self._own:
-            self.kill(process)
+        for pid in self._own:
+            self.kill(pid)
         self._own.clear()
 
     def end_shared(self) -> None:
         if self._shared is not None:
             self.kill(self._shared)
             self._shared = None
+
+    def end(self) -> None:
+        self.end_own()
+        self.end_shared()
+        self._zygote.communicate(timeout=30)
 
 
 class World:
@@ -154,7 +175,7 @@ class World:
 
     # The operator
 
-    def operate(self, *flags: str) -> subprocess.Popen[str]:
+    def operate(self, *flags: str) -> int:
         """An operator of this namespace alone, for tests that kill it or give it other flags."""
         self.operators.end_shared()
         return self.operators.start("--namespaces", self.namespace, *flags)
@@ -163,8 +184,8 @@ class World:
         """The operator of all namespaces that the tests of this process share: a start costs more than most tests."""
         self.operators.share()
 
-    def kill(self, process: subprocess.Popen[str]) -> None:
-        self.operators.kill(process)
+    def kill(self, operator: int) -> None:
+        self.operators.kill(operator)
 
     def end(self) -> None:
         self.api.request("DELETE", self.path("FineTuneJob"))
