@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tests.serving.processes import AgentProcess, Engine, running
 from tests.serving.tiny import make_adapter, make_model
+from tests.support.wait import wait_for
 
 from tuneward_api.files import WantedAdapter
 
@@ -48,21 +49,24 @@ def engine(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield served
 
 
-@pytest.fixture
-def agent(engine: Engine, base_model: Path, adapters: Path, tmp_path: Path) -> Iterator[AgentProcess]:
-    places = ["--adapters", str(adapters), "--model", str(base_model), "--wanted", str(tmp_path / "adapters.json")]
+@pytest.fixture(scope="session")
+def agent_process(
+    engine: Engine, base_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AgentProcess]:
+    folder = tmp_path_factory.mktemp("agent")
+    places = ["--adapters", str(adapters), "--model", str(base_model), "--wanted", str(folder / "adapters.json")]
     limits = ["--max-adapters", str(MAX_ADAPTERS), "--max-rank", str(MAX_RANK), "--interval", "0.1"]
     served = AgentProcess(
-        ["agent", "--engine", engine.url, *places, *limits], "/readyz", tmp_path / "log", {"TUNEWARD_API_KEY": KEY}
+        ["agent", "--engine", engine.url, *places, *limits], "/readyz", folder / "log", {"TUNEWARD_API_KEY": KEY}
     )
     with running(served):
         yield served
-        served.want([])
-        served.settled([])
-        wait_names(engine)
 
 
-def wait_names(engine: Engine) -> None:
-    from tests.support.wait import wait_for
-
+@pytest.fixture
+def agent(agent_process: AgentProcess, engine: Engine) -> Iterator[AgentProcess]:
+    """Beside an engine without adapters; an engine of other tests may have some, which no agent wants."""
+    yield agent_process
+    agent_process.want([])
+    agent_process.settled([])
     wait_for(lambda: len(engine.names()) == 1, what="an engine without adapters")

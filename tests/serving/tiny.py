@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -59,7 +60,7 @@ def make_model(folder: Path, *, hidden: int = 32, context: int = 512) -> Path:
 
 @dataclass(frozen=True)
 class Reference:
-    """Plain transformers and PEFT, one text at a time, without a cache."""
+    """Plain transformers and PEFT, one text at a time, without a cache of keys and values."""
 
     model: Path
 
@@ -74,9 +75,13 @@ class Reference:
         return made[len(ids) :]
 
     def _load(self, adapter: Path | None) -> torch.nn.Module:
-        base = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-        model: torch.nn.Module = base if adapter is None else PeftModel.from_pretrained(base, adapter)
-        return model.eval()
+        return _reference(self.model, adapter)
+
+
+@cache
+def _reference(model: Path, adapter: Path | None) -> torch.nn.Module:
+    base: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    return (base if adapter is None else PeftModel.from_pretrained(base, adapter)).eval()
 
 
 def _logprobs(model: torch.nn.Module, ids: list[int]) -> list[float]:
