@@ -96,7 +96,9 @@ def security(settings: Settings) -> Object:
 
 
 def pod_spec(main: Object, mounts: Mounts, settings: Settings) -> Object:
+    pull = {"imagePullSecrets": [{"name": name} for name in settings.image_pull_secrets]}
     return {
+        **(pull if settings.image_pull_secrets else {}),
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         # A Service called `master` would inject MASTER_PORT.

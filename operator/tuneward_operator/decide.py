@@ -52,6 +52,8 @@ class Decision:
     delete: tuple[JobView, ...] = ()
     wake: float | None = None
     needs_plan: bool = False
+    relabel: str | None = None
+    """The server that the model's label shall name; empty: none. None: it stays."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -444,7 +446,15 @@ def _after_the_end(context: Context) -> Decision:
         reason=Reason.SUCCEEDED,
         delete=_living(doomed),
         wake=left if jobs and left > 0 else None,
+        relabel=_relabel(seen),
     )
+
+
+def _relabel(seen: Seen) -> str | None:
+    """Follows a change of spec.serve, once: afterwards the label is whoever's who moves the model elsewhere."""
+    wanted = seen.owner.spec.serve.server if seen.owner.spec.serve is not None else ""
+    changed = seen.status.observed_generation != seen.generation
+    return wanted if changed and seen.model_server not in (None, wanted) else None
 
 
 def _ttl_left(context: Context) -> float:

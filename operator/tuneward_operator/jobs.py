@@ -6,15 +6,15 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
-from tuneward_api.conditions import Phase, Reason
+from tuneward_api.conditions import FINAL_PHASES, Phase, Reason
 from tuneward_api.files import Plan, PrepareReport, Request
-from tuneward_api.names import LABEL_JOB_UID
+from tuneward_api.names import LABEL_JOB_UID, LABEL_SERVER
 from tuneward_operator import build
 from tuneward_operator import status as texts
 from tuneward_operator.app import App
 from tuneward_operator.decide import Decision, Step, decide
 from tuneward_operator.events import post_event
-from tuneward_operator.kube import CONFIGMAPS, FINETUNEJOBS, JOBS, RESOURCES, ApiError, Object
+from tuneward_operator.kube import CONFIGMAPS, FINETUNEDMODELS, FINETUNEJOBS, JOBS, RESOURCES, ApiError, Object
 from tuneward_operator.observe import Seen, observe
 from tuneward_operator.poll import Leader
 from tuneward_operator.queue import Key
@@ -48,7 +48,8 @@ async def reconcile(app: App, key: Key) -> float | None:
         decision = _refused(app, seen, error)
     if not await write_status(app, view, decision):
         return None
-    return decision.wake
+    over = decision.wake is None and decision.status.phase in FINAL_PHASES
+    return None if over else app.settings.resync_seconds if decision.wake is None else decision.wake
 
 
 def leaders(app: App) -> Iterator[Leader]:
@@ -81,6 +82,9 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
         await make(app, build.finish_job(owner, plan, settings))
     elif decision.step == Step.REGISTER and plan is not None and decision.adapter is not None:
         await app.create(build.finetuned_model(owner, plan, decision.adapter))
+    if decision.relabel is not None and seen.status.model is not None:
+        labels: dict[str, str | None] = {LABEL_SERVER: decision.relabel or None}
+        await app.kube.label(FINETUNEDMODELS, owner.namespace, seen.status.model.name, labels)
     return True
 
 

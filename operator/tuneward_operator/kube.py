@@ -161,6 +161,18 @@ class Kube:
         path = resource.path(body["metadata"]["namespace"], body["metadata"]["name"])
         return await self._apply(path, FIELD_MANAGER, body)
 
+    async def label(self, resource: Resource, namespace: str, name: str, labels: dict[str, str | None]) -> Object | None:
+        """Sets labels, or with None takes them away; None where the object is gone."""
+        body = {"metadata": {"labels": labels}}
+        try:
+            query = [("fieldManager", FIELD_MANAGER)]
+            path = resource.path(namespace, name)
+            return await self._json("PATCH", path, query=query, body=body, content_type="application/merge-patch+json")
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
     async def apply_status(self, resource: Resource, namespace: str, name: str, uid: str, status: Object) -> Object:
         """The whole status, ours alone. 404 and 409: gone, or another object of the same name."""
         body = {

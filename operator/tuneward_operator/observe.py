@@ -16,7 +16,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.failures import Failure, classify
 from tuneward_api.files import FinishReport, Plan, PrepareReport, Report, Result
 from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
-from tuneward_api.names import GRACE_PERIOD_SECONDS, LABEL_JOB_UID
+from tuneward_api.names import GRACE_PERIOD_SECONDS, LABEL_JOB_UID, LABEL_SERVER
 from tuneward_operator.app import Caches
 from tuneward_operator.build import ATTEMPT, FINISH, PREPARE, Owner
 from tuneward_operator.cache import ObjectKey
@@ -132,6 +132,8 @@ class Seen:
     nodes: int | None = None
     plan: Plan | None = None
     plan_sought: bool = False
+    model_server: str | None = None
+    """The server that the model's label names; empty: none. None: there is no model."""
     served: Served | None = None
 
 
@@ -146,6 +148,7 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
     nodes = {node.name: node for node in caches.nodes}
     workers = tuple(_worker(pod, nodes, board, now) for pod in pods if pod.role == ATTEMPT)
     attempts = tuple(job for job in jobs if job.role == ATTEMPT)
+    model = caches.models.get(view.namespace, status.model.name) if status.model is not None else None
     claim = caches.claims.get(view.namespace, owner.store_claim)
     return Seen(
         owner=owner,
@@ -161,7 +164,8 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
         claim_missing=claim is None,
         claim_single_node=claim is not None and set(claim.access_modes) <= {"ReadWriteOnce", "ReadWriteOncePod"},
         nodes=len(nodes) or None,
-        served=_served(status, view.namespace, caches),
+        model_server=model.labels.get(LABEL_SERVER, "") if model is not None else None,
+        served=_served(model),
     )
 
 
@@ -292,12 +296,9 @@ def disrupted(reason: str) -> str:
     }.get(reason, "Evicted")
 
 
-def _served(status: FineTuneJobStatus, namespace: str, caches: Caches) -> Served | None:
+def _served(model: ResourceView | None) -> Served | None:
     """None: there is no model, or it says nothing yet."""
-    model = caches.models.get(namespace, status.model.name) if status.model else None
-    if model is None:
-        return None
-    for condition in model.status.get("conditions") or ():
+    for condition in model.status.get("conditions") or () if model is not None else ():
         if condition["type"] == "Ready":
             return Served(ready=condition["status"] == "True", reason=condition["reason"], message=condition["message"])
     return None

@@ -23,6 +23,9 @@ class Settings:
     kubeconfig: str = _setting("", "kubeconfig file; empty: the pod's service account, else KUBECONFIG or ~/.kube/config")
     namespaces: tuple[str, ...] = _setting((), "namespaces to watch, comma-separated; empty: all of them")
     image_trainer: str = _setting("tuneward-trainer", "image of a job's pods; pinned when the job is accepted")
+    image_pull_secrets: tuple[str, ...] = _setting(
+        (), "Secrets for pulling images, in each job's namespace, comma-separated"
+    )
     image_server: str = _setting("tuneward-server", "image of model servers")
     poll: Literal["direct", "proxy"] = _setting(
         "direct", "how progress is read: direct (pod IP), or proxy (API server) for an operator outside the cluster"
