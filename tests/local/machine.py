@@ -28,17 +28,27 @@ START_DEADLINE = 120
 """Seconds for `up`. It takes 3 on an idle machine: this only ends a start that hangs."""
 
 
+HOST_FOLDERS = ("/var/log", "/var/lib", "/usr/libexec")
+"""Where the kubelet and the controllers write on a machine that is theirs alone."""
+
+
 @dataclass(frozen=True)
 class User:
     """Who runs the program; `uid` None is the user of the tests."""
 
     name: str
     uid: int | None = None
+    bare: bool = False
+    """On a machine where no Kubernetes has ever been: its usual folders are empty (needs root)."""
 
     def command(self, *arguments: str) -> list[str]:
-        if self.uid is None:
-            return list(arguments)
-        return ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *arguments]
+        command = list(arguments)
+        if self.uid is not None:
+            command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *command]
+        if self.bare:
+            hide = " && ".join(f"mount -t tmpfs -o mode=755 none {folder}" for folder in HOST_FOLDERS)
+            command = ["unshare", "-m", "--propagation", "private", "sh", "-c", f'{hide} && exec "$@"', "sh", *command]
+        return command
 
     def environment(self, home: Path) -> dict[str, str]:
         """What the containers start from: for us the virtualenv first, as a shell with it activated has it."""
@@ -202,6 +212,17 @@ class Namespace:
 
     def kubectl(self, *arguments: str, stdin: str | None = None, timeout: float = 60) -> str:
         return self.machine.cluster.kubectl("-n", self.name, *arguments, stdin=stdin, timeout=timeout)
+
+    @contextmanager
+    def following(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A kubectl that runs on (logs -f, port-forward) until the end of the block."""
+        kubeconfig = str(self.machine.cluster.kubeconfig)
+        command = [str(BINARY), "kubectl", "--kubeconfig", kubeconfig, "-n", self.name, *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            try:
+                yield process
+            finally:
+                process.terminate()
 
     def create(self, *objects: Mapping[str, Any]) -> None:
         document = {"apiVersion": "v1", "kind": "List", "items": list(objects)}

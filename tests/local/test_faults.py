@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.local.machine import ME, Machine, Namespace, claim, container_of, machine, pod, sh
+from tests.local.machine import HOST_FOLDERS, ME, NOBODY, Machine, Namespace, User, claim, container_of, machine, pod, sh
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.pods
@@ -128,6 +128,17 @@ def test_subpath_mounts_are_cleaned_up_after_a_crash(own: Machine) -> None:
     assert kept == "kept\n"
     again = pod("again", sh("cat /mnt/run/r"), volumes=[volume], container={"volumeMounts": mounts})
     assert ns.finish(again) == "kept\n"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give the program an empty /var/log")
+@pytest.mark.parametrize("uid", [None, NOBODY], ids=["root", "unprivileged"])
+def test_nothing_is_made_on_the_machine(uid: int | None) -> None:
+    """The kubelet links logs into /var/log/containers, and does not start where it cannot make that."""
+    with machine(User("bare", uid, bare=True)) as bare:
+        ns = start(bare)
+        assert ns.finish(pod("says", sh("echo hi"))) == "hi\n"
+        seen_by_it = Path(f"/proc/{bare.server_pid()}/root")
+        assert [path for folder in HOST_FOLDERS for path in (seen_by_it / folder[1:]).rglob("*")] == []
 
 
 @pytest.mark.parametrize("crashed", [False, True], ids=["running", "crashed"])

@@ -228,11 +228,15 @@ def test_a_pod_is_told_to_end_and_has_its_grace(ns: Namespace) -> None:
     trap = "trap 'echo asked; sleep 1; echo saved; exit 143' TERM; echo up; while :; do sleep 0.1; done"
     ns.create(pod("graceful", ["/bin/sh", "-c", trap], terminationGracePeriodSeconds=30))
     ns.kubectl("patch", "pod", "graceful", "-p", '{"metadata": {"finalizers": ["tuneward.dev/test"]}}')
-    wait_for(lambda: "up" in ns.logs("graceful"), what="the pod's first line")
-    ns.kubectl("delete", "pod", "graceful", "--wait=false")
+    ns.await_pod("graceful", "Running")
+    # Followed, since the kubelet removes the log of a deleted pod.
+    with ns.following("logs", "-f", "graceful") as follower:
+        assert follower.stdout is not None
+        assert follower.stdout.readline() == "up\n"
+        ns.kubectl("delete", "pod", "graceful", "--wait=false")
+        assert follower.stdout.read() == "asked\nsaved\n"
     ended = container_of(ns.await_pod("graceful", "Failed"))["state"]["terminated"]
     assert ended["exitCode"] == 143
-    assert ns.logs("graceful").splitlines() == ["up", "asked", "saved"]
     ns.kubectl("patch", "pod", "graceful", "-p", '{"metadata": {"finalizers": null}}')
 
 
