@@ -157,9 +157,12 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
     status = seen.status
     attempts = {(entry.number, entry.pod_uid): entry for entry in status.attempts or ()}
     checkpoint = status.checkpoint
+    progress = _progress(seen, now, progress_every)
     for worker in seen.workers:
         if worker.index == 0:
-            _absorb_progress(attempts, worker)
+            _absorb_progress(
+                attempts, worker, at_most=progress.step if progress is not None and _calm(seen, worker) else None
+            )
             _absorb_result(attempts, worker)
             checkpoint = _newer(checkpoint, _checkpoint_of(worker))
     newest = sorted(attempts.values(), key=lambda entry: entry.number)[-SHOWN_ATTEMPTS:]
@@ -169,7 +172,7 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
             "attempts": newest or None,
             "attempt_count": count or None,
             "checkpoint": checkpoint,
-            "progress": _progress(seen, now, progress_every),
+            "progress": progress,
         }
     )
 
@@ -177,7 +180,14 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
 Attempts = dict[tuple[int, str], AttemptStatus]
 
 
-def _absorb_progress(attempts: Attempts, worker: Worker) -> None:
+def _calm(seen: Seen, worker: Worker) -> bool:
+    """Whether the attempt goes on, so that its last step can wait for the next progress that is written."""
+    gang = seen.gang
+    running = gang is not None and gang.outcome == "Running" and not gang.suspended and not gang.lost_workers
+    return running and worker.phase == "Running" and not (seen.owner.spec.suspend or seen.owner.spec.cancel)
+
+
+def _absorb_progress(attempts: Attempts, worker: Worker, *, at_most: int | None) -> None:
     said = worker.heard.progress if worker.heard is not None else None
     if said is None or said.attempt < 1:
         return
@@ -185,7 +195,7 @@ def _absorb_progress(attempts: Attempts, worker: Worker) -> None:
     attempts[said.attempt, worker.uid] = entry.model_copy(
         update={
             "from_step": said.from_step,
-            "last_step": max(entry.last_step or 0, said.step),
+            "last_step": max(entry.last_step or 0, said.step if at_most is None else min(said.step, at_most)),
             "resume": said.resume[:256],
         }
     )
