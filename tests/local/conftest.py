@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.local.machine import ME, USERS, Machine, Namespace, User, machine
+from tests.local.machine import CAGED, ME, USERS, Machine, Namespace, User, machine
+
+BY_USER = [pytest.param(user, id=user.name, marks=pytest.mark.slow if user is CAGED else ()) for user in USERS]
+"""The third way to run containers is rarely taken and its tests repeat the others'."""
 
 
-@pytest.fixture(scope="session", params=USERS, ids=lambda user: user.name)
+@pytest.fixture(scope="session", params=BY_USER)
 def shared(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A running cluster that tests share, by each user in turn."""
     user: User = request.param
@@ -23,7 +26,15 @@ def ns(shared: Machine) -> Namespace:
     return Namespace.fresh(shared)
 
 
-@pytest.fixture(params=USERS, ids=lambda user: user.name)
+@pytest.fixture
+def separated(ns: Namespace) -> Namespace:
+    """`ns` where containers have namespaces. Elsewhere what a pod may not write, it writes: to this machine."""
+    if ns.machine.user.caged:
+        pytest.skip("without namespaces readOnly, readOnlyRootFilesystem and runAsUser are not enforced")
+    return ns
+
+
+@pytest.fixture(params=BY_USER)
 def own(request: pytest.FixtureRequest) -> Iterator[Machine]:
     """A directory of the test's own, not started, by each user in turn."""
     with machine(request.param) as made:

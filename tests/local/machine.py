@@ -40,11 +40,18 @@ class User:
     uid: int | None = None
     bare: bool = False
     """On a machine where no Kubernetes has ever been: its usual folders are empty (needs root)."""
+    caged: bool = False
+    """As root of an ordinary container: no mounts, no namespaces. Read-only and runAsUser are not enforced there."""
 
     def command(self, *arguments: str) -> list[str]:
         command = list(arguments)
         if self.uid is not None:
             command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *command]
+        if self.caged:
+            # The limit holds for namespaces made in this one, not for the machine.
+            limits = "echo 0 > /proc/sys/user/max_user_namespaces"
+            drop = "setpriv --bounding-set=-sys_admin,-sys_chroot,-mknod --inh-caps=-all --"
+            command = ["unshare", "--user", "--map-root-user", "sh", "-c", f'{limits} && exec {drop} "$@"', "sh", *command]
         if self.bare:
             hide = " && ".join(f"mount -t tmpfs -o mode=755 none {folder}" for folder in HOST_FOLDERS)
             command = ["unshare", "-m", "--propagation", "private", "sh", "-c", f'{hide} && exec "$@"', "sh", *command]
@@ -60,7 +67,8 @@ class User:
 
 ME = User("me")
 UNPRIVILEGED = User("unprivileged", NOBODY)
-USERS = [ME, UNPRIVILEGED] if os.geteuid() == 0 else [ME]
+CAGED = User("caged", caged=True)
+USERS = [ME, UNPRIVILEGED, CAGED] if os.geteuid() == 0 else [ME, CAGED]
 
 
 @dataclass

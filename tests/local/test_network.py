@@ -230,10 +230,10 @@ def test_exec_runs_inside_with_input_output_and_exit_code(ns: Namespace) -> None
     assert failed.stderr.startswith("no\n")
 
 
-def test_exec_in_a_restricted_pod_is_the_same_user(ns: Namespace) -> None:
-    ns.create(pod("user", sh("exec sleep 600"), securityContext={"runAsUser": 65532, "runAsNonRoot": True}))
-    ns.await_pod("user", "Running")
-    assert ns.kubectl("exec", "user", "--", "id", "-u") == "65532\n"
+def test_exec_in_a_restricted_pod_is_the_same_user(separated: Namespace) -> None:
+    separated.create(pod("user", sh("exec sleep 600"), securityContext={"runAsUser": 65532, "runAsNonRoot": True}))
+    separated.await_pod("user", "Running")
+    assert separated.kubectl("exec", "user", "--", "id", "-u") == "65532\n"
 
 
 def test_many_bytes_pass_through_exec_unchanged(ns: Namespace) -> None:

@@ -146,20 +146,20 @@ def test_init_containers_run_first_and_share_an_empty_dir(ns: Namespace) -> None
     assert not Path("/mnt/work").exists()
 
 
-def test_a_mount_path_that_the_machine_lacks_is_not_made_there(ns: Namespace) -> None:
+def test_a_mount_path_that_the_machine_lacks_is_not_made_there(separated: Namespace) -> None:
     described = pod(
         "mirrored",
         sh("echo x > /usr/share/tuneward-test/deep/file; ls /usr/share | wc -l; ls -d /usr/share/doc"),
         volumes=[{"name": "work", "emptyDir": {}}],
         container={"volumeMounts": [{"name": "work", "mountPath": "/usr/share/tuneward-test/deep"}]},
     )
-    count, doc = ns.finish(described).split()
+    count, doc = separated.finish(described).split()
     assert int(count) == len(list(Path("/usr/share").iterdir())) + 1
     assert doc == "/usr/share/doc"
     assert not Path("/usr/share/tuneward-test").exists()
 
 
-def test_a_read_only_root_lets_nothing_be_written_but_the_volumes(ns: Namespace) -> None:
+def test_a_read_only_root_lets_nothing_be_written_but_the_volumes(separated: Namespace) -> None:
     tried = "for d in / /etc /usr /var /root /home; do if touch $d/tuneward-test 2>/dev/null; then echo wrote $d; fi; done"
     described = pod(
         "sealed",
@@ -170,22 +170,22 @@ def test_a_read_only_root_lets_nothing_be_written_but_the_volumes(ns: Namespace)
             "volumeMounts": [{"name": "work", "mountPath": "/mnt/work"}],
         },
     )
-    assert ns.finish(described) == "fine\n"
+    assert separated.finish(described) == "fine\n"
     assert not Path("/etc/tuneward-test").exists()
 
 
-def test_run_as_user_is_who_the_container_believes_to_be(ns: Namespace) -> None:
+def test_run_as_user_is_who_the_container_believes_to_be(separated: Namespace) -> None:
     described = pod("who", sh("id -u; id -g"), securityContext={"runAsUser": 1234, "runAsGroup": 2345})
-    assert ns.finish(described) == "1234\n2345\n"
+    assert separated.finish(described) == "1234\n2345\n"
 
 
-def test_run_as_non_root_needs_no_uid(ns: Namespace) -> None:
+def test_run_as_non_root_needs_no_uid(separated: Namespace) -> None:
     described = pod("nonroot", sh("id -u"), securityContext={"runAsNonRoot": True})
-    assert ns.finish(described) != "0\n"
+    assert separated.finish(described) != "0\n"
 
 
-def test_a_restricted_pod_with_a_token_runs(ns: Namespace) -> None:
-    ns.kubectl("create", "configmap", "plan", "--from-literal=plan.json={}")
+def test_a_restricted_pod_with_a_token_runs(separated: Namespace) -> None:
+    separated.kubectl("create", "configmap", "plan", "--from-literal=plan.json={}")
     token = {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}}
     described = pod(
         "strict",
@@ -203,7 +203,7 @@ def test_a_restricted_pod_with_a_token_runs(ns: Namespace) -> None:
             ],
         },
     )
-    said = ns.finish(described)
+    said = separated.finish(described)
     assert said.startswith("65532\n{}")
     assert said.endswith("sealed\n")
 

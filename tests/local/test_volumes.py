@@ -73,10 +73,10 @@ def test_two_pods_at_once_share_a_claim(ns: Namespace) -> None:
     ns.await_pod("b", "Succeeded")
 
 
-def test_subpaths_show_a_part_each_with_its_own_right_to_write(ns: Namespace) -> None:
-    ns.create(claim("store"))
+def test_subpaths_show_a_part_each_with_its_own_right_to_write(separated: Namespace) -> None:
+    separated.create(claim("store"))
     whole = [{"name": "store", "mountPath": "/mnt/store"}]
-    ns.finish(
+    separated.finish(
         with_store("prepares", "mkdir -p /mnt/store/models/m /mnt/store/jobs/j; echo w > /mnt/store/models/m/w", whole)
     )
     parts: list[dict[str, Any]] = [
@@ -84,8 +84,8 @@ def test_subpaths_show_a_part_each_with_its_own_right_to_write(ns: Namespace) ->
         {"name": "store", "mountPath": "/mnt/run", "subPath": "jobs/j"},
     ]
     script = "cat /mnt/model/w; touch /mnt/model/x 2>/dev/null || echo refused; echo r > /mnt/run/r; ls /mnt/run"
-    assert ns.finish(with_store("trains", script, parts)) == "w\nrefused\nr\n"
-    assert (directory_of(ns) / "jobs/j/r").read_text() == "r\n"
+    assert separated.finish(with_store("trains", script, parts)) == "w\nrefused\nr\n"
+    assert (directory_of(separated) / "jobs/j/r").read_text() == "r\n"
 
 
 def test_a_missing_subpath_is_made(ns: Namespace) -> None:
@@ -106,13 +106,13 @@ def test_a_subpath_of_one_file_is_a_file(ns: Namespace) -> None:
     assert ns.finish(described) == "{}whole\n"
 
 
-def test_a_restricted_pod_has_store_plan_and_token(ns: Namespace) -> None:
+def test_a_restricted_pod_has_store_plan_and_token(separated: Namespace) -> None:
     """The shape of an attempt's pod, which must run for root and without privileges."""
-    ns.create(claim("store"))
-    ns.kubectl("create", "configmap", "plan", "--from-literal=plan.json={}")
+    separated.create(claim("store"))
+    separated.kubectl("create", "configmap", "plan", "--from-literal=plan.json={}")
     whole = [{"name": "store", "mountPath": "/mnt/store"}]
     prepares = "mkdir -m 2775 -p /mnt/store/models /mnt/store/jobs; echo w > /mnt/store/models/w"
-    ns.finish(with_store("prepares", prepares, whole, **RESTRICTED, container=RESTRICTED_CONTAINER))
+    separated.finish(with_store("prepares", prepares, whole, **RESTRICTED, container=RESTRICTED_CONTAINER))
     token = {"serviceAccountToken": {"path": "token", "expirationSeconds": 3600}}
     attempt = pod(
         "trains",
@@ -135,7 +135,7 @@ def test_a_restricted_pod_has_store_plan_and_token(ns: Namespace) -> None:
             ],
         },
     )
-    assert ns.finish(attempt) == "65532\nw\n{}"
+    assert separated.finish(attempt) == "65532\nw\n{}"
 
 
 def test_a_deleted_pod_leaves_nothing_in_the_kubelets_directory(ns: Namespace) -> None:
