@@ -19,7 +19,7 @@ from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from tuneward_api.names import GRACE_PERIOD_SECONDS, LABEL_JOB_UID, LABEL_SERVER
 from tuneward_operator.app import Caches
 from tuneward_operator.build import ATTEMPT, FINISH, PREPARE, Owner
-from tuneward_operator.cache import ObjectKey
+from tuneward_operator.cache import Cache, ObjectKey
 from tuneward_operator.poll import Board, Heard
 from tuneward_operator.tolerant import parse, tolerant
 from tuneward_operator.views import JobView, NodeView, PodView, ResourceView
@@ -145,8 +145,7 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
     # A job of the same name that was deleted a moment ago may still have children here.
     jobs = [job for job in caches.jobs.owned(key) if job.labels.get(LABEL_JOB_UID) == view.uid]
     pods = [pod for pod in caches.pods.owned(key) if pod.labels.get(LABEL_JOB_UID) == view.uid]
-    nodes = {node.name: node for node in caches.nodes}
-    workers = tuple(_worker(pod, nodes, board, now) for pod in pods if pod.role == ATTEMPT)
+    workers = tuple(_worker(pod, caches.nodes, board, now) for pod in pods if pod.role == ATTEMPT)
     attempts = tuple(job for job in jobs if job.role == ATTEMPT)
     model = caches.models.get(view.namespace, status.model.name) if status.model is not None else None
     claim = caches.claims.get(view.namespace, owner.store_claim)
@@ -163,7 +162,7 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
         helpers_left=any(pod.role != ATTEMPT and pod.phase in ("Pending", "Running") for pod in pods),
         claim_missing=claim is None,
         claim_single_node=claim is not None and set(claim.access_modes) <= {"ReadWriteOnce", "ReadWriteOncePod"},
-        nodes=len(nodes) or None,
+        nodes=len(caches.nodes) or None,
         model_server=model.labels.get(LABEL_SERVER, "") if model is not None else None,
         served=_served(model),
     )
@@ -191,7 +190,7 @@ def read_owner(view: ResourceView) -> tuple[Owner, str]:
     return owner, refusal
 
 
-def _worker(pod: PodView, nodes: dict[str, NodeView], board: Board, now: datetime) -> Worker:
+def _worker(pod: PodView, nodes: Cache[NodeView], board: Board, now: datetime) -> Worker:
     return Worker(
         pod=pod.name,
         uid=pod.uid,
@@ -212,11 +211,11 @@ def _worker(pod: PodView, nodes: dict[str, NodeView], board: Board, now: datetim
     )
 
 
-def _lost(pod: PodView, nodes: dict[str, NodeView], now: datetime) -> bool:
+def _lost(pod: PodView, nodes: Cache[NodeView], now: datetime) -> bool:
     """Without any node in the cache (Roles only) nothing is known, and the pod's own end is waited for."""
-    if not pod.node or not nodes or pod.deleting_since is None:
+    if not pod.node or len(nodes) == 0 or pod.deleting_since is None:
         return False
-    node = nodes.get(pod.node)
+    node = nodes.get("", pod.node)
     if node is None:
         return True
     return not node.ready and node.ready_since is not None and now - node.ready_since > NODE_GRACE
