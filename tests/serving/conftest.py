@@ -49,10 +49,11 @@ def engine(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield served
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def agent_process(
     engine: Engine, base_model: Path, adapters: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[AgentProcess]:
+    """Of the module: it unloads whatever tests of another one load."""
     folder = tmp_path_factory.mktemp("agent")
     places = ["--adapters", str(adapters), "--model", str(base_model), "--wanted", str(folder / "adapters.json")]
     limits = ["--max-adapters", str(MAX_ADAPTERS), "--max-rank", str(MAX_RANK), "--interval", "0.1"]
@@ -65,7 +66,6 @@ def agent_process(
 
 @pytest.fixture
 def agent(agent_process: AgentProcess, engine: Engine) -> Iterator[AgentProcess]:
-    """Beside an engine without adapters; an engine of other tests may have some, which no agent wants."""
     yield agent_process
     agent_process.want([])
     agent_process.settled([])

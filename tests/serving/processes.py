@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import httpx
@@ -84,12 +85,16 @@ class Served:
 
 
 class Engine(Served):
-    @property
+    @cached_property
     def client(self) -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=self.environment.get("TUNEWARD_API_KEY", "none"), max_retries=0)
 
     def post(self, path: str, body: object) -> httpx.Response:
         return httpx.post(self.url + path, json=body, headers=self.key, timeout=SECONDS, trust_env=False)
+
+    def stop(self) -> int:
+        self.client.close()
+        return super().stop()
 
     @property
     def key(self) -> dict[str, str]:

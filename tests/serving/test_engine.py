@@ -16,6 +16,8 @@ from tests.support.wait import wait_for
 from transformers import AutoTokenizer
 
 from tuneward_api.files import WantedAdapter
+from tuneward_serving.engine.routes import create_app
+from tuneward_serving.engine.service import Service, Settings
 
 BASE = "tiny-1.0"
 PROMPT = list(range(60, 92))
@@ -197,11 +199,21 @@ def test_a_bad_request_gets_one_sentence_in_openais_shape(
     assert "\n" not in error["message"]
 
 
+async def test_adapters_are_loaded_from_the_same_pod_alone() -> None:
+    """In the process: this machine has no second address to come from."""
+    app = create_app(Service(Settings(base_name="tiny", max_adapters=1, max_rank=8)))
+    for host, status in (("10.0.0.9", 403), ("10.0.0.7", 503), ("127.0.0.1", 503)):
+        transport = httpx.ASGITransport(app, client=(host, 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://10.0.0.7:8000") as client:
+            answer = await client.post("/v1/load_lora_adapter", json={"lora_name": "x", "lora_path": "/x"})
+        assert answer.status_code == status, answer.text
+
+
 def test_no_route_of_v1_answers_without_the_key(engine: Engine) -> None:
     for method, path in (("GET", "models"), ("POST", "completions"), ("POST", "load_lora_adapter")):
         answer = httpx.request(method, f"{engine.url}/v1/{path}", json={}, trust_env=False)
         assert answer.status_code == 401
         assert answer.json()["error"]["message"].startswith("the API key is missing or wrong")
-    with pytest.raises(openai.AuthenticationError):
-        openai.OpenAI(base_url=f"{engine.url}/v1", api_key="wrong").models.list()
+    with openai.OpenAI(base_url=f"{engine.url}/v1", api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+        client.models.list()
     assert engine.get("/health").status_code == engine.get("/metrics").status_code == 200

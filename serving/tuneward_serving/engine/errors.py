@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 INTERNAL = "the engine failed on this request; its log says why"
-_TYPES = {401: "authentication_error", 404: "not_found_error", 503: "service_unavailable_error"}
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "service_unavailable_error"}
 
 
 class ApiError(Exception):

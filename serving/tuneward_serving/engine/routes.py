@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request
@@ -54,6 +55,14 @@ def _authorized(request: Request) -> None:
         raise ApiError("the API key is missing or wrong; send it as Authorization: Bearer KEY", status=401)
 
 
+def _from_this_pod(request: Request) -> None:
+    """Clients share the engine's address and key with the agent; only the agent shares its network."""
+    client = request.client.host if request.client is not None else ""
+    own = request.scope.get("server") or ("", 0)
+    if client != own[0] and not ip_address(client).is_loopback:
+        raise ApiError("adapters are loaded by the agent beside the engine alone; make a FineTunedModel", status=403)
+
+
 open_routes = APIRouter()
 guarded_routes = APIRouter(prefix="/v1", dependencies=[Depends(_authorized)])
 TheService = Annotated[Service, Depends(_service)]
@@ -90,13 +99,13 @@ async def models(service: TheService) -> Json:
     return {"object": "list", "data": [{"object": "model", "owned_by": "tuneward", **card} for card in cards]}
 
 
-@guarded_routes.post("/load_lora_adapter")
+@guarded_routes.post("/load_lora_adapter", dependencies=[Depends(_from_this_pod)])
 async def load_lora_adapter(body: LoadBody, service: TheService) -> PlainTextResponse:
     await service.load(body.lora_name, body.lora_path)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@guarded_routes.post("/unload_lora_adapter")
+@guarded_routes.post("/unload_lora_adapter", dependencies=[Depends(_from_this_pod)])
 async def unload_lora_adapter(body: UnloadBody, service: TheService) -> PlainTextResponse:
     service.unload(body.lora_name)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
