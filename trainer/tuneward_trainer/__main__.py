@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 
 from tuneward_api import names
 
@@ -96,5 +98,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[parsed.command](parsed)
 
 
+def _leave(number: int, _frame: FrameType | None) -> None:
+    """Unwinds, so that locks are given back; `train` puts its own handler in this one's place."""
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _leave)
     sys.exit(main())

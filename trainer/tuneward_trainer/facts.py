@@ -37,16 +37,18 @@ def examine(folder: Path) -> Facts:
         raw = read_config(folder)
         _refuse_quantised(raw)
         kind = model_class(raw)
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        empty = build_empty(config, kind)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return _facts(kind.__name__, str(raw.get("model_type", "")), config.get_text_config(), build_empty(config, kind))
     except (ModelUnsupportedError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
-    text = config.get_text_config()
+
+
+def _facts(architecture: str, model_type: str, text: Any, empty: Any) -> Facts:
     return Facts(
-        architecture=kind.__name__,
-        model_type=str(raw.get("model_type", "")),
+        architecture=architecture,
+        model_type=model_type,
         parameters=sum(parameter.numel() for parameter in empty.parameters()),
-        max_length=next((int(raw_length) for name in _LENGTHS if (raw_length := getattr(text, name, None))), None),
+        max_length=next((int(length) for name in _LENGTHS if (length := getattr(text, name, None))), None),
         saved_per_token=_saved_per_token(text),
         vocabulary=int(text.vocab_size),
         empty=empty,
@@ -75,10 +77,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise model_unsupported(f"the base model's tokenizer cannot be read: {error}") from error
-    if not tokenizer.is_fast:
+    if not getattr(tokenizer, "is_fast", False):
         raise model_unsupported(
             f"the base model's tokenizer ({type(tokenizer).__name__}) gives no offsets, so no exact loss mask; "
             "use a model with a tokenizer.json"

@@ -19,9 +19,9 @@ from pydantic import ValidationError
 
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
-from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request
+from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request, termination_message
 from tuneward_api.finetunejob import Dataset, Datasets, Hyperparameters, Method, ResolvedData, ResolvedPacking
-from tuneward_api.names import MAX_MESSAGE, ExitCode
+from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
 from tuneward_api.uris import parse_uri
 from tuneward_trainer import defaults, models
 from tuneward_trainer.data.build import DataError, Limits, Source, Summary, build
@@ -50,13 +50,22 @@ def main(request_file: Path) -> int:
         request = read_request(request_file)
         folder = make_run_directory(places.root() / request.run_directory)
         prepared = prepare(request, places, folder)
-        return PrepareReport(outcome="Done", reason=Reason.VALIDATED, message=sentence(prepared), prepared=prepared)
+        return fitting(PrepareReport(outcome="Done", reason=Reason.VALIDATED, message=sentence(prepared), prepared=prepared))
 
     report, error = ending(work)
     if error is not None:
         return emit(PrepareReport(outcome="Failed", reason=error.reason, message=error.message), folder, code=error.code)
     assert report is not None
     return emit(report, folder, code=ExitCode.OK)
+
+
+def fitting(report: PrepareReport) -> PrepareReport:
+    """The kubelet cuts a longer message, and a cut report is none: the job would be prepared for ever."""
+    if len(termination_message(report).encode()) > TERMINATION_MESSAGE_LIMIT:
+        raise config_bad(
+            "spec.method.targetModules holds too many long names; name layers by their last part, such as q_proj"
+        )
+    return report
 
 
 def read_request(file: Path) -> Request:

@@ -134,44 +134,42 @@ class _Tokenizer:
 
     def write(self, folder: Path, sources: Sequence[Source]) -> NDArray[np.uint64]:
         """Returns one hash for each document: that of its whole sample, so that equal samples are seen."""
-        files = [(source, uri, path) for source in sources for uri, path in source.files()]
+        uris = [uri for source in sources for uri, _ in source.files()]
         hashes = array("Q")
-        with DocumentWriter(folder, [uri for _, uri, _ in files]) as writer:
+        with DocumentWriter(folder, uris) as writer:
+            first = 0
             for source in sources:
-                start = self._read
-                form = source.format
-                for index, (owner, uri, path) in enumerate(files):
-                    if owner is source:
-                        form = self._file(writer, hashes, source, form, index, uri, path)
-                if self._read == start:
-                    seen = "holds no .jsonl or .jsonl.gz file" if source.path.is_dir() else "holds no sample"
-                    self._problems.add(Problem(source.uri, 0, "the source", seen, "at least one sample"))
+                self._source(writer, hashes, source, first)
+                first += len(source.files())
         self._summary.ignored_fields = dict(self._ignored)
         return np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
 
-    def _file(
-        self,
-        writer: DocumentWriter,
-        hashes: array[int],
-        source: Source,
-        form: formats.Format | None,
-        index: int,
-        uri: str,
-        path: Path,
-    ) -> formats.Format | None:
-        """Writes a file's documents; returns the source's format, told from its first sample."""
-        samples = self._samples(uri, path, form)
-        while batch := list(islice(samples, _BATCH)):
-            form = batch[0][2]
-            for (line, _, _), found in zip(batch, self._encoder.encode([item[1] for item in batch]), strict=True):
-                if isinstance(found, SampleError):
-                    self._problems.extend(found.at(uri, line))
-                elif documents := self._fit(found, uri, line):
+    def _source(self, writer: DocumentWriter, hashes: array[int], source: Source, first: int) -> None:
+        """`first`: index of its first file. The format of a source is that of its first sample."""
+        before, form = self._read, source.format
+        for index, (uri, path) in enumerate(source.files(), first):
+            samples = self._samples(uri, path, form)
+            while batch := list(islice(samples, _BATCH)):
+                form = batch[0][2]
+                for line, documents in self._documents(uri, batch):
                     for document in documents:
                         writer.add(document.ids, document.weights, file=index, line=line, copies=source.copies)
                     hashes.extend([_hash(documents)] * (len(documents) * source.copies))
-            self._say(uri)
-        return form
+                self._say(uri)
+        if self._read == before:
+            seen = "holds no .jsonl or .jsonl.gz file" if source.path.is_dir() else "holds no sample"
+            self._problems.add(Problem(source.uri, 0, "the source", seen, "at least one sample"))
+
+    def _documents(
+        self, uri: str, batch: list[tuple[int, formats.Sample, formats.Format]]
+    ) -> Iterator[tuple[int, list[Encoded]]]:
+        """(line, its documents) of each good sample; the others become problems."""
+        encoded = self._encoder.encode([sample for _, sample, _ in batch])
+        for (line, _, _), found in zip(batch, encoded, strict=True):
+            if isinstance(found, SampleError):
+                self._problems.extend(found.at(uri, line))
+            elif documents := self._fit(found, uri, line):
+                yield line, documents
 
     def _samples(
         self, uri: str, path: Path, form: formats.Format | None
@@ -263,9 +261,10 @@ def _hold_out(folder: Path, hashes: NDArray[np.uint64], fraction: float) -> dict
 
 def _count(folder: Path, hashes: dict[str, NDArray[np.uint64]], summary: Summary) -> None:
     training, validation = Documents.open(folder / TRAINING), Documents.open(folder / VALIDATION)
-    if not len(training):
-        problem = Problem("spec.datasets.training", 0, "the data", "leaves no sample that is short enough", "at least one")
-        raise DataError(Problems([problem], 1))
+    for part, documents in [(TRAINING, training), (VALIDATION, validation)]:
+        if not len(documents) and documents.sources:
+            problem = Problem(f"spec.datasets.{part}", 0, "the data", "holds no sample that is short enough", "at least one")
+            raise DataError(Problems([problem], 1))
     samples = _samples(training)
     summary.samples = len(samples)
     summary.documents = len(training)
