@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -156,5 +157,39 @@ func TestContainerHasSharedMemoryOfItsOwn(t *testing.T) {
 	w.output(restricted("sh", "-c", "echo x > /dev/shm/tuneward-test"))
 	if _, err := os.Lstat("/dev/shm/tuneward-test"); err == nil {
 		t.Error("/dev/shm is the machine's")
+	}
+}
+
+// A path call that a signal interrupts begins anew; without namespaces the shim changes its registers in
+// between and must not mistake the signal handler's for them.
+func TestContainerPathCallsSurviveSignals(t *testing.T) {
+	if _, err := exec.LookPath("python3"); err != nil {
+		t.Skip("there is no python3")
+	}
+	w := newWorld(t)
+	config := restricted("python3", "-c", `
+import os, signal, threading
+ticks = 0
+def tick(*_):
+    global ticks
+    ticks += 1
+signal.signal(signal.SIGALRM, tick)
+signal.siginterrupt(signal.SIGALRM, False)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+def work(name):
+    for i in range(150):
+        path = f"/tuneward-data/{name}.{i}"
+        with open(path, "w") as file: file.write(path)
+        os.rename(path, path + ".new")
+        assert open(path + ".new").read() == path
+        os.stat(path + ".new"); os.unlink(path + ".new")
+threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+[t.start() for t in threads]; work("main"); [t.join() for t in threads]
+signal.setitimer(signal.ITIMER_REAL, 0)
+print(os.listdir("/tuneward-data"), ticks > 0)
+`)
+	config.Mounts = []*runtimeapi.Mount{{HostPath: t.TempDir(), ContainerPath: "/tuneward-data"}}
+	if got, want := w.output(config), "[] True\n"; got != want {
+		t.Errorf("got %q, want %q", got, want)
 	}
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"sort"
+	"syscall"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -74,12 +75,22 @@ func installFilter(cookie uint64, socket int) error {
 		return fmt.Errorf("no_new_privs: %w", err)
 	}
 	fprog := unix.SockFprog{Len: uint16(len(program)), Filter: &program[0]}
-	listener, _, errno := unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER,
-		unix.SECCOMP_FILTER_FLAG_NEW_LISTENER, uintptr(unsafe.Pointer(&fprog)))
+	// Linux 5.19: once we have taken a question, signals wait for its answer. Else each signal would make the
+	// call fail with EINTR, which programs do not expect of rename or unlink.
+	const killable = 1 << 5 // SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV
+	listener, errno := setFilter(&fprog, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER|killable)
+	if errno == unix.EINVAL {
+		listener, errno = setFilter(&fprog, unix.SECCOMP_FILTER_FLAG_NEW_LISTENER)
+	}
 	if errno != 0 {
 		return fmt.Errorf("seccomp: %w", errno)
 	}
 	return unix.Sendmsg(socket, []byte{0}, unix.UnixRights(int(listener)), nil, 0)
+}
+
+func setFilter(program *unix.SockFprog, flags uintptr) (listener uintptr, errno syscall.Errno) {
+	listener, _, errno = unix.RawSyscall(unix.SYS_SECCOMP, unix.SECCOMP_SET_MODE_FILTER, flags, uintptr(unsafe.Pointer(program)))
+	return listener, errno
 }
 
 // receiveListener is the other end of installFilter.

@@ -58,3 +58,5 @@ const redZone = 128
 func result(r *unix.PtraceRegs) int64 { return int64(r.Rax) }
 
 func callNumber(r *unix.PtraceRegs) int32 { return int32(r.Orig_rax) }
+
+func instruction(r *unix.PtraceRegs) uint64 { return r.Rip }

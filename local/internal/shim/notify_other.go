@@ -25,3 +25,5 @@ func argument(*unix.PtraceRegs, int) *uint64 { return new(uint64) }
 func stackPointer(*unix.PtraceRegs) uint64   { return 0 }
 func result(*unix.PtraceRegs) int64          { return 0 }
 func callNumber(*unix.PtraceRegs) int32      { return 0 }
+
+func instruction(*unix.PtraceRegs) uint64 { return 0 }

@@ -39,7 +39,7 @@ func Probe(way string) error {
 	if err := WriteJSON(filepath.Join(directory, SpecFile), spec); err != nil {
 		return err
 	}
-	log, err := openLog("")
+	log, err := openLog(filepath.Join(directory, "log"))
 	if err != nil {
 		return err
 	}
@@ -49,7 +49,8 @@ func Probe(way string) error {
 	}
 	c.waitAll()
 	if !c.command.ProcessState.Success() {
-		return fmt.Errorf("the probe container failed: %s", c.command.ProcessState)
+		said, _ := os.ReadFile(filepath.Join(directory, "log"))
+		return fmt.Errorf("the probe container failed: %s\n%.2000s", c.command.ProcessState, said)
 	}
 	return nil
 }

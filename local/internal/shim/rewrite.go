@@ -2,9 +2,14 @@ package shim
 
 import (
 	"runtime"
+	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
+
+// restart is ERESTARTSYS: the kernel makes the call anew.
+const restart = -512
 
 // rewrite makes one system call name other paths. The thread waits in the filter; an interrupt makes the
 // kernel start its call anew, and in between we change its registers: the arguments, and the cookie by
@@ -15,13 +20,14 @@ func (s *server) rewrite(asked notification, changes []change) {
 	runtime.LockOSThread()
 	defer runtime.UnlockOSThread()
 	t := tracee(asked.PID)
-	if unix.PtraceSeize(int(t)) != nil {
-		s.reply(answer{ID: asked.ID, Error: -int32(unix.EPERM)})
+	if !s.seize(t, asked.ID) {
 		return
 	}
 	if unix.PtraceInterrupt(int(t)) != nil {
 		return // it is gone
 	}
+	// Let go with what an interrupted call returns, the thread runs into our interrupt before anything else.
+	s.reply(answer{ID: asked.ID, Error: restart})
 	stop, ok := t.wait()
 	if !ok {
 		return
@@ -31,6 +37,24 @@ func (s *server) rewrite(asked notification, changes []change) {
 		return
 	}
 	t.call(asked, changes, s.cookie)
+}
+
+// seize attaches to a thread that still waits for the answer id. A thread that a signal made ask twice may
+// be held by our own first try for a moment.
+func (s *server) seize(t tracee, id uint64) bool {
+	const tries = 1000
+	for range tries {
+		if unix.PtraceSeize(int(t)) == nil {
+			return true
+		}
+		if ioctl(s.listener, unix.SECCOMP_IOCTL_NOTIF_ID_VALID, unsafe.Pointer(&id)) != nil {
+			return false
+		}
+		time.Sleep(time.Millisecond)
+	}
+	// A debugger holds it, or Yama forbids us: the call must not see the machine's path instead.
+	s.reply(answer{ID: id, Error: -int32(unix.EPERM)})
+	return false
 }
 
 // tracee is a thread we are attached to.
@@ -73,7 +97,7 @@ func (t tracee) detach(signal int) {
 // call runs the changed call to its end and detaches.
 func (t tracee) call(asked notification, changes []change, cookie uint64) {
 	var before unix.PtraceRegs
-	if unix.PtraceGetRegs(int(t), &before) != nil || callNumber(&before) != asked.NR {
+	if unix.PtraceGetRegs(int(t), &before) != nil || !interruptedCall(&before, &asked) {
 		t.detach(0)
 		return
 	}
@@ -87,24 +111,31 @@ func (t tracee) call(asked notification, changes []change, cookie uint64) {
 		t.detach(0)
 		return
 	}
-	// Two stops follow: the second try enters the kernel, and leaves it.
-	for range 2 {
+	// Two stops follow: the second try enters the kernel, and leaves it. A signal in between is held back:
+	// its handler would run on the stack we wrote to, and the call would fail with EINTR.
+	held := 0
+	for calls := 0; calls < 2; {
 		if unix.PtraceSyscall(int(t), 0) != nil {
 			return
 		}
 		stop, ok := t.wait()
-		if !ok {
+		switch {
+		case !ok:
 			return
-		}
-		if stop != atCall {
-			// A signal, before the call began: its handler must see, and return to, what was there.
-			_ = unix.PtraceSetRegs(int(t), &before)
-			t.detach(stop)
-			return
+		case stop == atCall:
+			calls++
+		case stop > 0:
+			held = stop
 		}
 	}
 	t.restore(&before, asked.NR)
-	t.detach(0)
+	t.detach(held)
+}
+
+// interruptedCall says whether a thread is still in the call it asked about. A signal may have been faster than
+// we: then these are the registers of its handler's first instruction, with the call's number still there.
+func interruptedCall(registers *unix.PtraceRegs, asked *notification) bool {
+	return callNumber(registers) == asked.NR && instruction(registers) == asked.IP && result(registers) == restart
 }
 
 // point writes the paths below the stack, where nothing of the thread's is, and sets the arguments.
