@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.local.machine import HOST_FOLDERS, ME, NOBODY, Machine, Namespace, User, claim, container_of, machine, pod, sh
+from tests.local.machine import (
+    HOST_FOLDERS,
+    ME,
+    NOBODY,
+    Machine,
+    Namespace,
+    User,
+    claim,
+    container_of,
+    machine,
+    pod,
+    running,
+    sh,
+)
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.pods
@@ -90,8 +103,9 @@ def test_a_killed_shim_takes_its_container_along(own: Machine) -> None:
 
 def test_a_killed_worker_fails_its_job_and_ends_the_other(own: Machine) -> None:
     ns = start(own)
-    template = pod("unused", sh("exec sleep 600"))
-    template["metadata"].pop("name")
+    marker = f"{ns.name}-worker"
+    waits = ["/bin/sh", "-c", "while :; do sleep 0.2; done", marker]
+    template = {"spec": pod("unused", waits)["spec"]}
     job: dict[str, Any] = {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "gang"},
         "spec": {
@@ -101,12 +115,16 @@ def test_a_killed_worker_fails_its_job_and_ends_the_other(own: Machine) -> None:
     }  # fmt: skip
     ns.create(job)
     ns.kubectl("wait", "--for=jsonpath={.status.ready}=2", "--timeout=60s", "job/gang", timeout=70)
-    name = ns.get("pods", "-l", "batch.kubernetes.io/job-completion-index=1")["items"][0]["metadata"]["name"]
-    sleeping = [pid for pid, command in own.processes().items() if command.startswith("sleep 600")]
-    os.kill(sleeping[0], signal.SIGKILL)
+    os.kill(workers(marker)[0], signal.SIGKILL)
     ns.kubectl("wait", "--for=condition=Failed", "--timeout=60s", "job/gang", timeout=70)
-    ended = [container_of(item) for item in ns.get("pods")["items"]]
-    assert [status["state"]["terminated"]["exitCode"] for status in ended] == [137, 137] or name
+    wait_for(lambda: not workers(marker), what="the other worker to end")
+    # The controller deletes the other's pod, so it may be gone from the list.
+    ended = [container_of(item)["state"]["terminated"]["exitCode"] for item in ns.get("pods")["items"]]
+    assert set(ended) == {137}
+
+
+def workers(marker: str) -> list[int]:
+    return [pid for pid, command, _ in running() if command.startswith("/bin/sh") and marker in command]
 
 
 def test_subpath_mounts_are_cleaned_up_after_a_crash(own: Machine) -> None:
