@@ -30,7 +30,19 @@ A, B = b'{"text": "a"}', b'{"text": "b"}'
         (gzip.compress(A) + b"garbage", [(1, A)]),
         (gzip.compress(b""), []),
     ],
-    ids="plain|no last newline|marks and blanks|mark inside|empty|blank|separators|members|zeros|garbage|nothing".split("|"),
+    ids=[
+        "plain",
+        "no last newline",
+        "marks and blanks",
+        "mark inside",
+        "empty",
+        "blank",
+        "separators",
+        "members",
+        "zeros",
+        "garbage",
+        "nothing",
+    ],
 )
 def test_lines(tmp_path: Path, content: bytes, expected: list[tuple[int, bytes]]) -> None:
     file = tmp_path / "data.jsonl"

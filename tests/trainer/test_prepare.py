@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tuneward_api import names
+from tuneward_api import manifest, names
 from tuneward_api.finetunejob import ResolvedPacking
 from tuneward_trainer import defaults, prepare, store, verify
 from tuneward_trainer.__main__ import main
@@ -320,6 +320,13 @@ def test_a_model_in_place_is_hashed_once_for_each_state(room: Room, unverified: 
     (folder / "model.safetensors").write_bytes(b"other weights")
     second = room.run()[1]["prepared"]["base"]
     assert (second["digest"] == first["digest"], second["key"] == first["key"]) == (False, False)
+    manifest.write_manifest(folder)
+    (folder / "model.safetensors").write_bytes(b"cut")
+    code, report = room.run()
+    assert (code, report["message"]) == (
+        66,
+        "pvc://tuneward-store/imports/own is not complete: files of its MANIFEST.json are missing or cut; import it again",
+    )
 
 
 @pytest.fixture

@@ -62,6 +62,8 @@ def _in_place(uri: Uri, places: Places, store_claim: str) -> Found:
             f"the folder of spec.model.uri {uri} {seen}; it must hold config.json, tokenizer and safetensors"
         )
     _check_weights(folder, str(uri))
+    if (folder / manifest.MANIFEST).exists() and not manifest.complete(folder):
+        raise input_missing(f"{uri} is not complete: files of its {manifest.MANIFEST} are missing or cut; import it again")
     key = _key(str(uri), *_listing(folder))
     cache = make_directory(places.store / "models" / key)
     digest = _digest_in_place(folder, cache, str(uri))
