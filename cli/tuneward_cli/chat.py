@@ -29,7 +29,7 @@ class Talk:
     url: str
     key: str = ""
     max_tokens: int = 128
-    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=300, trust_env=False))
+    client: httpx.Client = field(default_factory=lambda: httpx.Client(timeout=900, trust_env=False))
 
     def models(self) -> list[str]:
         """Base model first, as the engine lists them."""

@@ -1,7 +1,6 @@
 """`tuneward up`, `down` and `status`: the local cluster, our kinds in it, and the operator.
 
-The operator runs as a process of this machine. What starts and ends it is in `start_operator` and `stop_operator`
-alone, so that a Deployment can take its place.
+The operator comes by the chart, as it would on any cluster (`release.py`).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tuneward_api.loader import load_documents
-from tuneward_cli import process
+from tuneward_cli import process, release
 from tuneward_cli.errors import NOT_RUNNING, CommandError
 from tuneward_cli.home import Home, find_program, required_tree
 from tuneward_cli.kube import JOBS, MODELS, SERVERS, Kind, Kube
@@ -49,9 +48,7 @@ def up(home: Home, voice: Voice) -> Up:
     else:
         voice.done(f"local Kubernetes: {found['version']} runs already")
         started = False
-    kube = Kube.connect(home.kubeconfig)
-    install_crds(kube)
-    start_operator(home, voice)
+    release.install(home, voice)
     return Up(home, started, found["version"])
 
 
@@ -101,38 +98,9 @@ def operator_command(kubeconfig: str, *extra: str) -> list[str]:
     return [sys.executable, "-m", _OPERATOR, "run", "--kubeconfig", kubeconfig, *extra]
 
 
-def start_operator(home: Home, voice: Voice) -> None:
-    """Unless one runs for this data directory."""
-    if operator_running(home):
-        voice.done("operator: runs already")
-        return
-    command = operator_command(
-        str(home.kubeconfig), "--health-port", "0", "--poll-seconds", "1", "--progress-seconds", "2", "--log-format", "text"
-    )
-    with voice.waiting("operator") as wait:
-        pid = process.leave_running(command, pid_file=home.operator_pid, log=home.operator_log)
-        time.sleep(1.0)
-        if not operator_running(home):
-            raise CommandError(
-                f"the operator ended at once; its log is {home.operator_log}", paste=f"tail -50 {home.operator_log}"
-            )
-        wait.end_with(f"pid {pid}, log {home.operator_log}")
-
-
-def operator_running(home: Home) -> int:
-    return process.running(home.operator_pid, _OPERATOR)
-
-
-def stop_operator(home: Home) -> None:
-    if pid := operator_running(home):
-        process.end(pid)
-    home.operator_pid.unlink(missing_ok=True)
-
-
 def down(home: Home, voice: Voice, *, purge: bool = False) -> None:
     """Ends the operator, every pod and the cluster; the data stays unless `purge`."""
     with voice.waiting("taking the local cluster down"):
-        stop_operator(home)
         binary = find_program("tuneward-local")
         if binary is None and home.data.is_dir():
             raise CommandError(
@@ -150,7 +118,7 @@ def status(home: Home) -> dict[str, Any]:
         "version": found["version"],
         "data": str(home.data),
         "kubeconfig": str(home.kubeconfig),
-        "operator": bool(operator_running(home)),
+        "operator": bool(found["running"]) and release.available(home),
         "jobs": [],
         "models": [],
         "servers": [],

@@ -26,7 +26,7 @@ from tuneward_cli.voice import Voice
 from tuneward_cli.words import condition, losses_line
 
 _READY_WITHIN: Final = 600.0
-_MAX_TOKENS: Final = 48
+_MAX_TOKENS: Final = 32
 """Enough for the answers that are taught, and for a base model to be wrong in."""
 
 

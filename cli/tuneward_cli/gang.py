@@ -38,6 +38,7 @@ class Gang:
     process: subprocess.Popen[bytes]
     address: str
     last_words: Path
+    client: httpx.Client
 
     @classmethod
     def start(cls, *, plan: Path, run: Path, extra: Mapping[str, str]) -> Gang:
@@ -62,7 +63,8 @@ class Gang:
                 stderr=log,
                 start_new_session=True,
             )
-        return cls(process=process, address=address, last_words=last_words)
+        client = httpx.Client(base_url=f"http://{address}:{names.TRAINER_PORT}", timeout=2, trust_env=False)
+        return cls(process=process, address=address, last_words=last_words, client=client)
 
     def close(self, grace: float = float(names.GRACE_PERIOD_SECONDS)) -> None:
         """Asks it to save a checkpoint and end, waits, kills what is left."""
@@ -74,11 +76,12 @@ class Gang:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.client.close()
 
     def progress(self) -> Seen | None:
         """None while it does not answer."""
         try:
-            answer = httpx.get(f"http://{self.address}:{names.TRAINER_PORT}/progress", timeout=2, trust_env=False)
+            answer = self.client.get("/progress")
             return Seen.of(answer.raise_for_status().json())
         except (httpx.HTTPError, ValueError):
             return None

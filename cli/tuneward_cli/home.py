@@ -32,14 +32,6 @@ class Home:
         return self.data / "kubeconfig"
 
     @property
-    def operator_pid(self) -> Path:
-        return self.data / "operator.pid"
-
-    @property
-    def operator_log(self) -> Path:
-        return self.data / "operator.log"
-
-    @property
     def cluster_log(self) -> Path:
         return self.data / "local.log"
 
