@@ -8,19 +8,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tuneward_api.loader import load_documents
 from tuneward_cli import process, release
 from tuneward_cli.errors import NOT_RUNNING, CommandError
 from tuneward_cli.home import Home, find_program, required_tree
-from tuneward_cli.kube import JOBS, MODELS, SERVERS, Kind, Kube
+from tuneward_cli.kube import JOBS, MODELS, SERVERS, Kube
 from tuneward_cli.voice import Voice
 
-_CRDS = Kind("apiextensions.k8s.io/v1", "customresourcedefinitions", namespaced=False)
 _OPERATOR = "tuneward_operator"
 
 
@@ -72,26 +69,6 @@ def local_status(home: Home) -> dict[str, Any]:
         raise CommandError(done.stderr.strip() or "tuneward-local gives no status", paste="tuneward down")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
-
-
-def install_crds(kube: Kube) -> None:
-    """Applies our kinds and waits until the server serves them."""
-    names = []
-    for file in sorted((required_tree("the resource definitions") / "crds").glob("*.yaml")):
-        for document in load_documents(file.read_text(), file=str(file)):
-            kube.apply(document.value)
-            names.append(document.value["metadata"]["name"])
-    deadline = time.monotonic() + 30
-    while not all(_established(kube, name) for name in names):
-        if time.monotonic() > deadline:
-            raise CommandError("the API server does not serve our kinds after 30 s", paste="tuneward down && tuneward up")
-        time.sleep(0.1)
-
-
-def _established(kube: Kube, name: str) -> bool:
-    found = kube.get(_CRDS, name) or {}
-    conditions = found.get("status", {}).get("conditions") or []
-    return any(item["type"] == "Established" and item["status"] == "True" for item in conditions)
 
 
 def operator_command(kubeconfig: str, *extra: str) -> list[str]:

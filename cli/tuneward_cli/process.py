@@ -1,4 +1,4 @@
-"""Other programs: run one to its end under a wait, or leave one running behind a pid file."""
+"""Other programs: run one to its end under a wait, and end one with all that it started."""
 
 from __future__ import annotations
 
@@ -46,33 +46,6 @@ def run(command: Sequence[str], wait: Wait | None = None) -> str:
     if code:
         raise CommandError(f"{Path(command[0]).name} failed with exit code {code}: {''.join(lines[-20:]).strip()}")
     return "".join(lines)
-
-
-def leave_running(command: Sequence[str], *, pid_file: Path, log: Path) -> int:
-    """Starts a process that outlives us; its pid is in `pid_file`."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as output:
-        process = subprocess.Popen(
-            list(command),
-            stdout=output,
-            stderr=output,
-            stdin=subprocess.DEVNULL,
-            env=environment(),
-            start_new_session=True,
-        )
-    pid_file.write_text(f"{process.pid}\n")
-    return process.pid
-
-
-def running(pid_file: Path, word: str) -> int:
-    """The pid in the file, if a process with `word` in its command line still has it; else 0."""
-    try:
-        pid = int(pid_file.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except (OSError, ValueError, IndexError):
-        return 0
-    return pid if word.encode() in command and state != "Z" else 0
 
 
 def end(pid: int, *, grace: float = 20.0) -> None:

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from tuneward_api.names import GROUP
 from tuneward_cli import process
-from tuneward_cli.errors import CommandError
 from tuneward_cli.home import Home, find_program, required_tree
 from tuneward_cli.kube import Kind, Kube
 from tuneward_cli.voice import Voice
@@ -42,7 +41,7 @@ def available(home: Home) -> bool:
 
 
 def _available(home: Home, source: str | None) -> bool:
-    found: dict[str, Any] = Kube.connect(home.kubeconfig).get(_DEPLOYMENTS, DEPLOYMENT, namespace=NAMESPACE) or {}
+    found: dict[str, Any] = Kube.connect(home.kubeconfig, NAMESPACE).get(_DEPLOYMENTS, DEPLOYMENT) or {}
     annotations = found.get("spec", {}).get("template", {}).get("metadata", {}).get("annotations", {})
     ready = found.get("status", {}).get("readyReplicas", 0) > 0
     return bool(ready and (source is None or annotations.get(_SOURCE) == source))
@@ -81,12 +80,3 @@ def _digest(root: Path) -> str:
             if file.is_file() and "__pycache__" not in file.parts:
                 digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
-
-
-def log_tail(home: Home, lines: int = 40) -> str:
-    """The operator's last words, for a failure."""
-    kubectl = find_program("kubectl")
-    if kubectl is None:
-        raise CommandError("kubectl is not built", paste="make local")
-    command = [str(kubectl), "--kubeconfig", str(home.kubeconfig), "-n", NAMESPACE, "logs", f"deployment/{DEPLOYMENT}"]
-    return process.run([*command, f"--tail={lines}"])

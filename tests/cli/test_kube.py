@@ -8,7 +8,6 @@ import pytest
 from tests.support.cluster import Cluster
 
 from tuneward_cli import kube as module
-from tuneward_cli.cluster import install_crds
 from tuneward_cli.documents import load_valid
 from tuneward_cli.errors import CommandError, RefusedError
 from tuneward_cli.kube import JOBS, PODS, Kube
@@ -39,10 +38,6 @@ def test_what_the_server_refuses_is_its_own_sentence(kube: Kube) -> None:
     job["spec"]["hyperparameters"]["steps"] = 3
     with pytest.raises(RefusedError, match="set epochs or steps, not both"):
         kube.apply(job)
-
-
-def test_crds_are_installed_again_without_harm(kube: Kube) -> None:
-    install_crds(kube)
 
 
 def test_a_job_that_is_not_there_names_those_that_are(kube: Kube) -> None:

@@ -36,5 +36,5 @@ def demo(command: Command) -> Demo:
 
 
 def _operator_log(home: Path) -> str:
-    log = home / "operator.log"
-    return "".join(log.read_text().splitlines(keepends=True)[-40:]) if log.exists() else ""
+    cluster = Cluster(data=home, kubeconfig=home / "kubeconfig")
+    return cluster.try_kubectl("-n", "tuneward-system", "logs", "deployment/tuneward-operator", "--tail=40").stdout
