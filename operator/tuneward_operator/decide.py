@@ -256,7 +256,9 @@ def _launch(context: Context) -> Decision:
             phase=Phase.QUEUED, reason=Reason.WAITING_FOR_QUOTA, message=f"waiting for quota in queue {seen.owner.queue}"
         )
     else:
-        say = Say(phase=Phase.STARTING, reason=Reason.WAITING_FOR_PODS, message="starting the workers")
+        resumed = seen.status.phase == Phase.SUSPENDED
+        reason = Reason.RESUMED if resumed else Reason.WAITING_FOR_PODS
+        say = Say(phase=Phase.STARTING, reason=reason, message="starting the workers")
     return context.say(say, step=Step.LAUNCH, launch=launches + 1)
 
 

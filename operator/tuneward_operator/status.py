@@ -48,11 +48,15 @@ def stamp(now: datetime) -> str:
 
 def conclude(seen: Seen, status: FineTuneJobStatus, say: Say, now: datetime) -> FineTuneJobStatus:
     """`status` with phase, message and every condition as `say` has it."""
-    message = say.message[:MAX_MESSAGE]
+    progress = status.progress
+    if progress is not None and say.phase != Phase.RUNNING:
+        # Nothing advances: a time to the end would be a promise.
+        progress = progress.model_copy(update={"eta": None, "eta_seconds": None})
     return status.model_copy(
         update={
             "phase": say.phase,
-            "message": message,
+            "message": say.message[:MAX_MESSAGE],
+            "progress": progress,
             "conditions": conditions(seen, status, say, now),
             "observed_generation": seen.generation,
             "queue": seen.owner.queue,

@@ -39,7 +39,7 @@ def test_a_job_ends_in_a_registered_model(world: World) -> None:
     assert (status["attemptCount"], status["launches"], status["progress"]["percent"]) == (1, 1, 100)
     for kind, truth in {"Complete": "True", "Finished": "True", "Failed": "False", "Stalled": "False"}.items():
         assert world.condition(kind)["status"] == truth
-    assert world.condition("Served")["reason"] == "NotServed"
+    wait_for(lambda: world.condition("Served")["reason"] == "ServerMissing", what="the model's word on its server")
     model = world.get("FineTunedModel", "bot-abababab")
     assert model["metadata"]["labels"]["tuneward.dev/server"] == "assistant"
     assert "ownerReferences" not in model["metadata"]
