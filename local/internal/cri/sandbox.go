@@ -43,6 +43,11 @@ func (r *Runtime) newSandbox(config *runtimeapi.PodSandboxConfig, handler string
 		HostNetwork: network == runtimeapi.NamespaceMode_NODE,
 		CreatedAt:   time.Now().UnixNano(),
 	}
+	// A POD or NODE namespace for processes would need a process that holds it; nothing here has asked for one.
+	if pid := config.GetLinux().GetSecurityContext().GetNamespaceOptions().GetPid(); pid != runtimeapi.NamespaceMode_CONTAINER {
+		r.cfg.Logf("pod %s/%s shares processes (%s): its containers get a process namespace each all the same",
+			record.Namespace, record.Name, pid)
+	}
 	if record.HostNetwork {
 		return record, nil
 	}

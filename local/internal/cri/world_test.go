@@ -122,6 +122,9 @@ func newWorld(t *testing.T) *world {
 	w.pod, err = w.runtime.RunPodSandbox(ctx, &runtimeapi.PodSandboxConfig{
 		Metadata: &runtimeapi.PodSandboxMetadata{Name: "pod", Namespace: "ns", Uid: "uid"},
 		Hostname: "pod-0", LogDirectory: w.logs,
+		Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+			NamespaceOptions: &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER},
+		}},
 	}, "")
 	w.must(err)
 	t.Cleanup(func() {
