@@ -131,13 +131,12 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
         exclude_modules=NEVER_ADAPTED.pattern if _needs_exclusion(model, method.target_modules) else None,
         bias="none",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_uri,
     )
-    # PEFT takes this over the config's name, and from_pretrained put the folder there, which differs between machines.
-    model.name_or_path = base_uri
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    # PEFT puts the folder's name there, which differs from machine to machine.
+    adapted.peft_config[ADAPTER].base_model_name_or_path = base_uri
     adapted.eval()
     return adapted
 

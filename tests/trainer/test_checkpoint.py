@@ -1,0 +1,117 @@
+"""Checkpoints are complete or not there, whatever interrupts their writing."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tuneward_trainer import checkpoint
+from tuneward_trainer.endings import ConfigBadError
+
+IDENTITY = {"base": "sha256:a", "data": "sha256:b", "shapes": {"w": [3]}}
+HERE = {"torch": "2", "device": "CPU AVX2", "threads": 1}
+FACTS = {"identity": IDENTITY, "circumstances": HERE, "notes": {"validation_loss_before": 2.0}}
+
+
+def state(value: float) -> dict[str, torch.Tensor]:
+    return {"w": torch.full((3,), value), "exp_avg.w": torch.zeros(3), "exp_avg_sq.w": torch.zeros(3)}
+
+
+def write(run: Path, step: int, *, attempt: int = 1, facts: dict[str, Any] = FACTS) -> Path:
+    return run / checkpoint.write(run, attempt=attempt, step=step, state=state(step), facts=facts).directory
+
+
+def newest_step(run: Path) -> int | None:
+    found = checkpoint.newest(run, IDENTITY, HERE)
+    return None if found is None else found.step
+
+
+def test_the_newest_complete_one_of_any_attempt_is_taken(tmp_path: Path) -> None:
+    assert newest_step(tmp_path) is None
+    write(tmp_path, 3, attempt=1)
+    write(tmp_path, 9, attempt=1)
+    write(tmp_path, 6, attempt=2)
+    found = checkpoint.newest(tmp_path, IDENTITY, HERE)
+    assert found is not None
+    assert (found.step, found.resume, found.notes) == (9, "exact", {"validation_loss_before": 2.0})
+    assert torch.equal(found.state["w"], torch.full((3,), 9.0))
+    assert found.saved.directory == "checkpoints/step-00000009.a1"
+
+
+def test_one_without_a_manifest_or_with_a_changed_byte_is_passed_over(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    (write(tmp_path, 6) / "MANIFEST.json").unlink()
+    file = write(tmp_path, 9) / "state.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\x01")
+    assert newest_step(tmp_path) == 3
+
+
+@pytest.mark.parametrize("key", ["base", "data", "shapes"])
+def test_another_base_data_or_shape_refuses_the_resume(tmp_path: Path, key: str) -> None:
+    write(tmp_path, 3)
+    with pytest.raises(ConfigBadError, match=f"another {key}"):
+        checkpoint.newest(tmp_path, {**IDENTITY, key: "other"}, HERE)
+
+
+def test_another_torch_or_thread_count_makes_it_equivalent_and_says_why(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    found = checkpoint.newest(tmp_path, IDENTITY, {**HERE, "torch": "3", "threads": 4})
+    assert found is not None
+    assert found.resume == "equivalent (torch 2 -> 3, threads 1 -> 4)"
+
+
+def test_only_the_newest_are_kept_and_later_attempts_are_left_alone(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    write(tmp_path, 2, attempt=7)
+    (write(tmp_path, 9) / "MANIFEST.json").unlink()
+    checkpoint.prune(tmp_path, keep=2, attempt=1)
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == [
+        "step-00000002.a7",
+        "step-00000003.a1",
+        "step-00000004.a1",
+        # Newer than any complete one: another gang may be at it.
+        "step-00000009.a1",
+    ]
+
+
+@contextmanager
+def full_disk() -> Iterator[None]:
+    """No file may grow beyond 64 bytes: a write fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_leaves_the_older_one_and_the_training(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, attempt=1, keep=2, facts=FACTS)
+    saver.save(3, state(3))
+    assert saver.wait() is None
+    with full_disk():
+        saver.save(6, state(6))
+        assert isinstance(saver.wait(), OSError)
+    assert newest_step(tmp_path) == 3
+    assert saver.last is not None
+    assert saver.last.step == 3
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.a1"]
+    saver.save(9, state(9))
+    assert saver.wait() is None
+    assert newest_step(tmp_path) == 9
+
+
+def test_a_half_removed_one_never_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, 3)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    checkpoint.remove(folder)
+    assert json.loads((folder / "state.json").read_text())
+    assert newest_step(tmp_path) is None

@@ -1,0 +1,226 @@
+"""What a rank trains with, made of the plan, and the result that is left of it.
+
+`begin` loads model and data, takes the attempt's number and goes on from the newest checkpoint; `conclude` writes the
+adapter with its proof and result.json. Between them lies `train.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from tuneward_api import manifest, names
+from tuneward_api.conditions import Reason
+from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
+from tuneward_trainer import checkpoint, endings, proof, rundir
+from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
+from tuneward_trainer.distributed import Gang
+from tuneward_trainer.engine import Engine
+from tuneward_trainer.model import add_adapters, load_base
+from tuneward_trainer.progress import Reporter
+from tuneward_trainer.schedule import Schedule
+
+DEFAULT_KEEP: Final = 2
+
+logger = logging.getLogger("tuneward_trainer")
+
+
+class Stop:
+    """Whether this process was asked to stop. All ranks agree on the step after which they do."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def listen(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self.ask())
+
+    def ask(self) -> None:
+        self.asked = True
+
+
+@dataclass(kw_only=True)
+class Session:
+    """All that a rank trains with."""
+
+    plan: Plan
+    run: Path
+    gang: Gang
+    stop: Stop
+    engine: Engine
+    training: Documents
+    validation: Documents | None
+    schedule: Schedule
+    reporter: Reporter
+    attempt: int
+    from_step: int
+    resume: str
+    saver: checkpoint.Saver | None
+    """The leader's alone."""
+    log: rundir.MetricsLog | None
+    """The leader's alone."""
+    before: float | None = None
+    after: float | None = None
+    train_loss: float | None = None
+    stopped: bool = False
+    saved_at: float = 0.0
+    fenced_at: float = 0.0
+
+    @property
+    def row_limit(self) -> int:
+        """Longest document of any row; constant, so that kernels compiled for it are compiled once."""
+        return self.plan.prepared.hyperparameters.sequence_length
+
+
+def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
+    """Loads everything, takes the attempt's number, goes on from the newest checkpoint."""
+    prepared = plan.prepared
+    run = rundir.directory(names.ENV_RUN_DIR)
+    model_dir, data_dir = inputs()
+    reporter.update(phase="Loading", steps=prepared.hyperparameters.steps)
+    training = Documents.open(data_dir / TRAINING)
+    validation = Documents.open(data_dir / VALIDATION) if (data_dir / VALIDATION).is_dir() else None
+    base = load_base(model_dir, gang.device)
+    seed = prepared.hyperparameters.seed
+    model = add_adapters(base, prepared.method, seed=seed, base_uri=prepared.base.uri)
+    engine = Engine(
+        model, weight_decay=prepared.hyperparameters.weight_decay, max_grad_norm=prepared.hyperparameters.max_grad_norm
+    )
+    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device)
+    found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
+    attempt, saved = enter(plan, run, gang, found)
+    if found is not None:
+        engine.load(found.state, found.step)
+    asked = plan.request.spec.checkpoint
+    saver = None
+    if gang.leads:
+        notes = found.notes if found is not None else {}
+        saver = checkpoint.Saver(
+            run,
+            attempt=attempt,
+            keep=(asked.keep if asked is not None else None) or DEFAULT_KEEP,
+            facts={"identity": wanted, "circumstances": here, "notes": notes},
+        )
+        saver.last = saved
+    resume = found.resume if found is not None else "exact"
+    reporter.update(attempt=attempt, from_step=engine.step, resume=resume, step=engine.step, checkpoint=saved)
+    return Session(
+        plan=plan,
+        run=run,
+        gang=gang,
+        stop=stop,
+        engine=engine,
+        training=training,
+        validation=validation,
+        schedule=Schedule(training.lengths, prepared.hyperparameters, prepared.bins_per_micro_batch),
+        reporter=reporter,
+        attempt=attempt,
+        from_step=engine.step,
+        resume=resume,
+        saver=saver,
+        log=rundir.MetricsLog(run, attempt) if gang.leads else None,
+        before=found.notes.get("validation_loss_before") if found is not None else None,
+    )
+
+
+def inputs() -> tuple[Path, Path]:
+    """The folders of model and data. Raises InputMissingError."""
+    model_dir, data_dir = rundir.directory(names.ENV_MODEL_DIR), rundir.directory(names.ENV_DATA_DIR)
+    for folder, file in ((model_dir, "config.json"), (data_dir, f"{TRAINING}/lengths.i32")):
+        if not (folder / file).is_file():
+            raise endings.InputMissingError(f"{folder} holds no {file}: the volume is not what prepare left")
+        if (folder / manifest.MANIFEST).exists() and not manifest.complete(folder):
+            raise endings.InputMissingError(f"{folder} is not complete: a file of its {manifest.MANIFEST} is missing or cut")
+    return model_dir, data_dir
+
+
+def enter(plan: Plan, run: Path, gang: Gang, found: checkpoint.Checkpoint | None) -> tuple[int, SavedCheckpoint | None]:
+    """The attempt's number, taken by the leader, and the checkpoint it goes on from."""
+    number = 0
+    if gang.leads:
+        run.mkdir(parents=True, exist_ok=True)
+        number = rundir.take_attempt(
+            run,
+            Start(
+                attempt=0,
+                pod_uid=os.environ.get(names.ENV_POD_UID, ""),
+                pod_name=os.environ.get(names.ENV_POD_NAME, ""),
+                node=os.environ.get(names.ENV_NODE_NAME, ""),
+                plan_digest=plan.digest(),
+                started_at=rundir.now(),
+                workers=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+                ranks=gang.world,
+                from_step=found.step if found is not None else 0,
+                resume=found.resume if found is not None else "exact",
+            ),
+        )
+        logger.info(
+            "attempt %d on %d rank(s), %s",
+            number,
+            gang.world,
+            f"from step {found.step}: {found.resume}" if found is not None else "from the beginning",
+        )
+    return gang.broadcast(number), found.saved if found is not None else None
+
+
+def conclude(session: Session, *, seconds: float) -> Result | None:
+    """The leader's result of a training that did not fail: Succeeded with an adapter, or Stopped with a checkpoint."""
+    if session.saver is None:
+        return None
+    session.reporter.update(phase="Saving")
+    adapter: dict[str, Any] = {}
+    if not session.stopped:
+        folder = f"adapter/a{session.attempt}"
+        digest = proof.export(session.engine.model, session.run / folder, samples(session.training))
+        adapter = {"adapter_directory": folder, "adapter_digest": digest}
+    error = session.saver.wait()
+    if session.stopped and error is not None:
+        raise endings.TryAgainError(f"stopped on request, but the checkpoint could not be saved: {error}")
+    step, steps = session.engine.step, session.plan.prepared.hyperparameters.steps
+    said = f"stopped on request after step {step} of {steps}" if session.stopped else f"trained {steps} steps"
+    return rundir.write_result(
+        session.run,
+        Result(
+            attempt=session.attempt,
+            pod_uid=os.environ.get(names.ENV_POD_UID, ""),
+            plan_digest=session.plan.digest(),
+            outcome="Stopped" if session.stopped else "Succeeded",
+            exit_code=names.ExitCode.STOPPED if session.stopped else names.ExitCode.OK,
+            reason=Reason.PREEMPTED if session.stopped else Reason.SUCCEEDED,
+            message=said,
+            step=step,
+            steps=steps,
+            finished_at=rundir.now(),
+            checkpoint=session.saver.last,
+            metrics=metrics(session, seconds),
+            from_step=session.from_step,
+            resume=session.resume,
+            node=os.environ.get(names.ENV_NODE_NAME, ""),
+            **adapter,
+        ),
+    )
+
+
+def samples(training: Documents) -> list[Any]:
+    """Candidates for the proof."""
+    return [training[index] for index in range(min(256, len(training)))]
+
+
+def metrics(session: Session, seconds: float) -> Metrics:
+    step = session.engine.step
+    return Metrics(
+        train_loss=_finite(session.train_loss),
+        validation_loss_before=_finite(session.before),
+        validation_loss_after=_finite(session.after),
+        steps=step,
+        tokens=round(session.schedule.epoch(step) * session.training.tokens()),
+        seconds=round(seconds, 3),
+    )
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and value - value == 0 else None
