@@ -104,7 +104,8 @@ class Runner:
 def load_runner(folder: Path, device: str | None = None) -> Runner:
     """Raises OSError or ValueError when the folder holds no causal language model."""
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(usable_cpus())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(usable_cpus())
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
