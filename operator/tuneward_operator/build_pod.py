@@ -9,7 +9,8 @@ from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings
 
 DOCUMENTS: Final = "/etc/tuneward"
-TMP: Final = "/tmp"
+TMP: Final = "/mnt/tmp"
+"""Not /tmp: on the local Kubernetes the caller's virtual environment may lie there, and a mount would hide it."""
 
 POD_ANNOTATIONS: Final = {
     # A mesh's sidecar breaks the rendezvous of a gang, and keeps a finished pod alive.

@@ -45,9 +45,9 @@ SECURITY = {
     "seccompProfile": {"type": "RuntimeDefault"},
 }
 HOME = [
-    {"name": "HOME", "value": "/tmp"},
+    {"name": "HOME", "value": "/mnt/tmp"},
     {"name": "USER", "value": "tuneward"},
-    {"name": "TMPDIR", "value": "/tmp"},
+    {"name": "TMPDIR", "value": "/mnt/tmp"},
 ]
 ANNOTATIONS = {
     "sidecar.istio.io/inject": "false",
@@ -106,7 +106,7 @@ def test_the_attempt_job_is_whole() -> None:
                             },
                             "securityContext": CONTAINED,
                             "volumeMounts": [
-                                {"name": "tmp", "mountPath": "/tmp"},
+                                {"name": "tmp", "mountPath": "/mnt/tmp"},
                                 {"name": "configmap-1", "mountPath": "/etc/tuneward", "readOnly": True},
                                 {"name": "claim-0", "mountPath": "/mnt/model", "readOnly": True, "subPath": "imports/tiny"},
                                 {"name": "claim-0", "mountPath": "/mnt/data", "readOnly": True, "subPath": "data/d1"},
@@ -189,7 +189,7 @@ def test_prepare_alone_sees_secrets_other_claims_and_configmaps() -> None:
     token = {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hf", "key": "token"}}}
     assert token in main["env"]
     assert [(mount["mountPath"], mount.get("readOnly", False)) for mount in main["volumeMounts"]] == [
-        ("/tmp", False),
+        ("/mnt/tmp", False),
         ("/etc/tuneward", True),
         ("/mnt/store", False),
         ("/mnt/claims/lake", True),

@@ -219,15 +219,15 @@ def hardened(name: str, command: list[str], resources: object, **more: object) -
         "image": "server:1",
         "command": ["python", "-m", "tuneward_serving", *command],
         "env": [
-            {"name": "HOME", "value": "/tmp"},
+            {"name": "HOME", "value": "/mnt/tmp"},
             {"name": "USER", "value": "tuneward"},
-            {"name": "TMPDIR", "value": "/tmp"},
+            {"name": "TMPDIR", "value": "/mnt/tmp"},
             {"name": "POD_IP", "valueFrom": {"fieldRef": {"fieldPath": "status.podIP"}}},
             {"name": "TUNEWARD_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "token"}}},
         ],
         "resources": resources,
         "volumeMounts": [
-            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "tmp", "mountPath": "/mnt/tmp"},
             {"name": "claim-0", "mountPath": "/mnt/model", "readOnly": True, "subPath": "models/k1"},
             {"name": "claim-0", "mountPath": "/mnt/adapters", "readOnly": True, "subPath": "adapters"},
             {"name": "configmap-2", "mountPath": "/etc/tuneward/adapters", "readOnly": True},
@@ -338,7 +338,7 @@ def test_only_the_fetch_pod_sees_the_models_secret_and_the_source_claim() -> Non
     assert main["command"] == ["python", "-m", "tuneward_trainer", "fetch", "--request", "/etc/tuneward/request.json"]
     assert main["env"][-1] == {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}}
     assert {mount["mountPath"]: mount.get("readOnly", False) for mount in main["volumeMounts"]} == {
-        "/tmp": False,
+        "/mnt/tmp": False,
         "/etc/tuneward": True,
         "/mnt/store": False,
         "/mnt/claims/models": True,
