@@ -166,6 +166,16 @@ def test_a_service_follows_its_pods(ns: Namespace) -> None:
     wait_for(lambda: fetched(f"http://{address}:{PORT}/") == "second\n", what="the second pod's answer")
 
 
+def test_a_service_that_cannot_answer_says_why(ns: Namespace) -> None:
+    if ns.machine.user.uid is None:
+        pytest.skip("root may open any port")
+    low = service("low", {"app": "none"})
+    low["spec"]["ports"] = [{"port": 80}]
+    ns.create(low)
+    seen = wait_for(lambda: ns.get("events", "--field-selector=involvedObject.name=low")["items"], what="the event")
+    assert "use a port above 1023" in seen[0]["message"]
+
+
 def gang(name: str, script: str, workers: int = 2) -> dict[str, Any]:
     described = pod("unused", ["python3", "-c", script], container={"env": ABOUT_ITSELF}, subdomain=name)
     template = {"metadata": {"labels": {"gang": name}}, "spec": described["spec"]}

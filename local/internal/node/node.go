@@ -11,8 +11,12 @@ import (
 	"strings"
 	"syscall"
 
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/informers"
 	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/kubernetes/scheme"
+	typedcorev1 "k8s.io/client-go/kubernetes/typed/core/v1"
+	"k8s.io/client-go/tools/record"
 	"k8s.io/klog/v2"
 
 	"tuneward.dev/local/internal/cri"
@@ -82,7 +86,7 @@ func startHelpers(ctx context.Context, config Config) (*names.Keeper, error) {
 	if err != nil {
 		return nil, err
 	}
-	proxy, err := services.NewProxy(factory, apiAddress(config), logf)
+	proxy, err := services.NewProxy(factory, apiAddress(config), warnService(ctx, config.Client), logf)
 	if err != nil {
 		return nil, err
 	}
@@ -100,6 +104,16 @@ func startHelpers(ctx context.Context, config Config) (*names.Keeper, error) {
 
 func apiAddress(config Config) string {
 	return fmt.Sprintf("127.0.0.1:%d", config.Addresses.APIPort)
+}
+
+// warnService writes events, which `kubectl describe service` shows.
+func warnService(ctx context.Context, client kubernetes.Interface) func(*corev1.Service, string) {
+	broadcaster := record.NewBroadcaster(record.WithContext(ctx))
+	broadcaster.StartRecordingToSink(&typedcorev1.EventSinkImpl{Interface: client.CoreV1().Events("")})
+	recorder := broadcaster.NewRecorder(scheme.Scheme, corev1.EventSource{Component: "tuneward-local"})
+	return func(service *corev1.Service, message string) {
+		recorder.Event(service, corev1.EventTypeWarning, "ServiceNotServed", message)
+	}
 }
 
 func runtimeConfig(config Config, keeper *names.Keeper) cri.Config {

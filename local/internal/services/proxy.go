@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"syscall"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -23,8 +24,10 @@ type Proxy struct {
 	pods     corelisters.PodLister
 	// apiAddress is where the Service default/kubernetes leads.
 	apiAddress string
-	logf       func(string, ...any)
-	changed    chan struct{}
+	// warn says something about a Service where its owner looks: as an event of it.
+	warn    func(service *corev1.Service, message string)
+	logf    func(string, ...any)
+	changed chan struct{}
 
 	mu        sync.Mutex
 	listeners map[string]net.Listener
@@ -32,11 +35,13 @@ type Proxy struct {
 }
 
 // NewProxy registers for changes; Run does the work.
-func NewProxy(factory informers.SharedInformerFactory, apiAddress string, logf func(string, ...any)) (*Proxy, error) {
+func NewProxy(factory informers.SharedInformerFactory, apiAddress string,
+	warn func(*corev1.Service, string), logf func(string, ...any)) (*Proxy, error) {
 	p := &Proxy{
 		services:   factory.Core().V1().Services().Lister(),
 		pods:       factory.Core().V1().Pods().Lister(),
 		apiAddress: apiAddress,
+		warn:       warn,
 		logf:       logf,
 		changed:    make(chan struct{}, 1),
 		listeners:  map[string]net.Listener{},
@@ -71,10 +76,14 @@ func (p *Proxy) Run(ctx context.Context) {
 
 // frontend is one address that has to answer.
 type frontend struct {
-	address   string
-	namespace string
-	service   string
-	port      corev1.ServicePort
+	address string
+	service *corev1.Service
+	port    corev1.ServicePort
+}
+
+// isAPI is the Service `kubernetes`, which has no pods.
+func (f frontend) isAPI() bool {
+	return f.service.Namespace == corev1.NamespaceDefault && f.service.Name == "kubernetes"
 }
 
 func (p *Proxy) sync() {
@@ -111,7 +120,7 @@ func Frontends(services []*corev1.Service) map[string]frontend {
 				continue
 			}
 			address := net.JoinHostPort(service.Spec.ClusterIP, fmt.Sprint(port.Port))
-			fronts[address] = frontend{address, service.Namespace, service.Name, port}
+			fronts[address] = frontend{address, service, port}
 		}
 	}
 	return fronts
@@ -120,14 +129,31 @@ func Frontends(services []*corev1.Service) map[string]frontend {
 func (p *Proxy) listen(front frontend) {
 	listener, err := net.Listen("tcp", front.address)
 	if err != nil {
-		if !p.refused[front.address] {
-			p.refused[front.address] = true
-			p.logf("Service %s/%s does not answer at %s: %v", front.namespace, front.service, front.address, err)
-		}
+		p.refuse(front, err)
 		return
 	}
 	p.listeners[front.address] = listener
 	go p.accept(listener, front.address)
+}
+
+// refuse tells once that a Service will not answer.
+func (p *Proxy) refuse(front frontend, err error) {
+	if p.refused[front.address] {
+		return
+	}
+	p.refused[front.address] = true
+	p.logf("Service %s/%s does not answer at %s: %v", front.service.Namespace, front.service.Name, front.address, err)
+	// Pods get another address for the API then.
+	if !front.isAPI() {
+		p.warn(front.service, refusal(front, err))
+	}
+}
+
+func refusal(front frontend, err error) string {
+	if errors.Is(err, syscall.EACCES) {
+		return fmt.Sprintf("port %d does not answer: without root, ports below 1024 cannot be opened; use a port above 1023, or run the cluster as root", front.port.Port)
+	}
+	return fmt.Sprintf("port %d does not answer at %s: %v", front.port.Port, front.address, err)
 }
 
 func (p *Proxy) accept(listener net.Listener, address string) {
@@ -178,14 +204,14 @@ func (p *Proxy) backends(address string) ([]string, error) {
 	if !found {
 		return nil, errors.New("the Service is gone")
 	}
-	if front.namespace == "default" && front.service == "kubernetes" {
+	if front.isAPI() {
 		return []string{p.apiAddress}, nil
 	}
-	service, err := p.services.Services(front.namespace).Get(front.service)
-	if err != nil || len(service.Spec.Selector) == 0 {
-		return nil, err
+	service := front.service
+	if len(service.Spec.Selector) == 0 {
+		return nil, nil
 	}
-	pods, err := p.pods.Pods(front.namespace).List(labels.SelectorFromSet(service.Spec.Selector))
+	pods, err := p.pods.Pods(service.Namespace).List(labels.SelectorFromSet(service.Spec.Selector))
 	if err != nil {
 		return nil, err
 	}

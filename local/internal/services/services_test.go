@@ -3,6 +3,8 @@ package services
 import (
 	"io"
 	"net"
+	"strings"
+	"syscall"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -104,4 +106,29 @@ func connected(t *testing.T) (dialed, accepted *net.TCPConn) {
 		t.Fatal(err)
 	}
 	return one.(*net.TCPConn), other.(*net.TCPConn)
+}
+
+func TestARefusedPortIsToldOnceAndSaysWhatToDo(t *testing.T) {
+	var told []string
+	proxy := &Proxy{
+		refused: map[string]bool{},
+		warn:    func(_ *corev1.Service, message string) { told = append(told, message) },
+		logf:    func(string, ...any) {},
+	}
+	front := frontend{"127.96.0.2:80", &corev1.Service{}, corev1.ServicePort{Port: 80}}
+	proxy.refuse(front, syscall.EACCES)
+	proxy.refuse(front, syscall.EACCES)
+	if len(told) != 1 || !strings.Contains(told[0], "port 80") || !strings.Contains(told[0], "above 1023") {
+		t.Error(told)
+	}
+}
+
+func TestTheServiceOfTheAPIIsNoWarning(t *testing.T) {
+	proxy := &Proxy{
+		refused: map[string]bool{},
+		warn:    func(*corev1.Service, string) { t.Error("told") },
+		logf:    func(string, ...any) {},
+	}
+	service := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Namespace: "default", Name: "kubernetes"}}
+	proxy.refuse(frontend{"127.96.0.1:443", service, corev1.ServicePort{Port: 443}}, syscall.EACCES)
 }
