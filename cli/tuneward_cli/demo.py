@@ -144,7 +144,9 @@ def _await(kube: Kube, kind: Kind, name: str, wanted: str, label: str, voice: Vo
     with voice.waiting(label) as wait:
         while True:
             found = kube.get(kind, name) or {}
-            if condition(found, wanted).get("status") == "True":
+            state = condition(found, wanted)
+            # A condition may be older than what was just applied.
+            if state.get("status") == "True" and state.get("observedGeneration", generation(found)) == generation(found):
                 return found
             said = (found.get("status") or {}).get("message") or condition(found, wanted).get("message") or ""
             wait.say(str(said))
@@ -154,6 +156,10 @@ def _await(kube: Kube, kind: Kind, name: str, wanted: str, label: str, voice: Vo
                     paste=f"kubectl describe {kind.plural} {name}",
                 )
             time.sleep(0.3)
+
+
+def generation(found: Json) -> int:
+    return int((found.get("metadata") or {}).get("generation") or 0)
 
 
 def _served(kube: Kube, name: str, voice: Voice) -> Json:

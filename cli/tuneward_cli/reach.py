@@ -36,8 +36,10 @@ def the_server(kube: Kube, name: str | None) -> Json:
 
 
 def ready_pod(kube: Kube, server: str) -> Json:
-    """One that answers."""
+    """One that answers, and is not on its way out."""
     for pod in kube.list(PODS, f"{LABEL_SERVER}={server}"):
+        if "deletionTimestamp" in pod["metadata"]:
+            continue
         conditions = (pod.get("status") or {}).get("conditions") or []
         if any(item["type"] == "Ready" and item["status"] == "True" for item in conditions):
             return pod
