@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import yaml
-
 from tests.support.cluster import BIN, ROOT, Cluster
 
 CHART = ROOT / "charts" / "tuneward"
@@ -74,7 +73,9 @@ class TestChart:
         assert len(crds) == 3
 
     def test_openshift_chooses_the_user(self, tmp_path: Path) -> None:
-        pod = one(rendered(tmp_path, "--set", "runAsUser=-1", "--set", "fsGroup=-1"), "Deployment")["spec"]["template"]["spec"]
+        pod = one(rendered(tmp_path, "--set", "runAsUser=-1", "--set", "fsGroup=-1"), "Deployment")["spec"]["template"][
+            "spec"
+        ]
         assert "runAsUser" not in pod["securityContext"]
         names = {item["name"]: item.get("value") for item in pod["containers"][0]["env"]}
         assert (names["TUNEWARD_RUN_AS_USER"], names["TUNEWARD_FS_GROUP"]) == ("-1", "-1")
