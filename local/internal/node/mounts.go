@@ -1,8 +1,10 @@
 package node
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"k8s.io/kubernetes/pkg/volume/util/hostutil"
 	"k8s.io/kubernetes/pkg/volume/util/subpath"
@@ -38,12 +40,24 @@ func (plainSubpaths) PrepareSafeSubpath(path subpath.Subpath) (string, func(), e
 	return path.Path, nil, nil
 }
 
+// SafeMakeDir gives each directory it makes the volume's mode, as upstream does: a pod of another user
+// must be able to write beside the first one's.
 func (plainSubpaths) SafeMakeDir(subdir, base string, perm os.FileMode) error {
-	path := filepath.Join(base, subdir)
-	if err := os.MkdirAll(path, perm); err != nil {
-		return err
+	path := base
+	for _, name := range strings.Split(filepath.Clean(subdir), string(filepath.Separator)) {
+		path = filepath.Join(path, name)
+		err := os.Mkdir(path, perm)
+		if errors.Is(err, os.ErrExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := os.Chmod(path, perm); err != nil {
+			return err
+		}
 	}
-	return os.Chmod(path, perm)
+	return nil
 }
 
 type unsharedHost struct{ *hostutil.HostUtil }
