@@ -66,7 +66,7 @@ $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	  { echo "make: $(PYTHON) must be Python 3.11 or later with venv (Debian: apt install python3-venv); name another with PYTHON=..." >&2; exit 1; }
 	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
 	@.ci/progress "Python: uv" $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCKS)
+	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes $(LOCKS)
 	@.ci/progress "Python: tuneward" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@
 
