@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -98,22 +98,28 @@ def _run(home: Home, voice: Voice, *, prompt: bool) -> int:
     _begin(kube, example, voice)
     server = example.of_kind("ModelServer")["metadata"]["name"]
     name = example.of_kind("FineTuneJob")["metadata"]["name"]
-    with ExitStack() as stack:
-        talk = stack.enter_context(chat.talk_to(kube, server))
-        talk.max_tokens = _MAX_TOKENS
+    with _talk(kube, server) as talk:
         base = _ask(talk, talk.models()[0], example, voice, "base model, before training")
-        started = time.monotonic()
-        kube.apply(example.of_kind("FineTuneJob"))
-        job = look.follow(kube, name, voice)
-        look.verdict(job)
-        model = _served(kube, name, voice)
-        seconds = time.monotonic() - started
+    started = time.monotonic()
+    kube.apply(example.of_kind("FineTuneJob"))
+    look.verdict(look.follow(kube, name, voice))
+    model = _served(kube, name, voice)
+    seconds = time.monotonic() - started
+    # A new connection: the server's pod may be another one by now.
+    with _talk(kube, server) as talk:
         tuned = _ask(talk, model["spec"]["servedName"], example, voice, "tuned model")
         _tell(home, example, base, tuned, model, seconds, voice)
         if prompt:
             talk.max_tokens = Talk.max_tokens
             chat.prompt(talk, [base.model, tuned.model], voice)
     return 0
+
+
+@contextmanager
+def _talk(kube: Kube, server: str) -> Iterator[Talk]:
+    with chat.talk_to(kube, server) as talk:
+        talk.max_tokens = _MAX_TOKENS
+        yield talk
 
 
 def _model() -> Path:
