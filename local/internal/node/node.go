@@ -65,7 +65,10 @@ func Start(ctx context.Context, config Config) error {
 
 // Ready returns nil once the node can run pods.
 func Ready(ctx context.Context, config Config) error {
-	return nodeReady(ctx, config.Client, config.NodeName)
+	if err := nodeReady(ctx, config.Client, config.NodeName); err != nil {
+		return err
+	}
+	return kubeletKnowsItsPods(ctx, config)
 }
 
 func newGPUs(ctx context.Context, config Config) (*gpu.Assigner, error) {
