@@ -102,7 +102,8 @@ def flags_of(session: Session, outputs: list[Any]) -> torch.Tensor:
 
 
 def _not_finite(output: Any, batch: Any) -> int:
-    wrong = torch.nonzero(~torch.isfinite(output.logprobs))
+    """1 + the first document with a row whose part of the loss is not finite, or 0."""
+    wrong = torch.nonzero(~torch.isfinite(output.logprobs.cpu() * batch.weights))
     return 1 + batch.source_of_row(int(wrong[0, 0])) if len(wrong) else 0
 
 

@@ -1,0 +1,116 @@
+"""From a result to a filed adapter, or to a refusal with both figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.trainer.jobs import Job, make_job
+
+from tuneward_api import manifest
+from tuneward_api.conditions import Reason
+from tuneward_api.files import FinishReport, Metrics, Result
+from tuneward_trainer import finish, rundir
+
+
+def ended(job: Job, **changes: Any) -> Result:
+    """Leaves a success with an adapter folder as the trainer would."""
+    folder = job.run / "adapter/a1"
+    (folder / "adapter").mkdir(parents=True)
+    (folder / "adapter/adapter_config.json").write_text('{"r": 4, "lora_alpha": 8, "target_modules": ["v_proj", "q_proj"]}')
+    (folder / "adapter/adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "proof.json").write_text("{}")
+    values: dict[str, Any] = {
+        "attempt": 1, "pod_uid": "", "plan_digest": job.plan.digest(), "outcome": "Succeeded", "exit_code": 0,
+        "reason": Reason.SUCCEEDED, "message": "trained 12 steps", "step": 12, "steps": 12,
+        "finished_at": "2026-11-24T23:59:59Z", "adapter_directory": "adapter/a1",
+        "adapter_digest": manifest.write_manifest(folder),
+        "metrics": Metrics(validation_loss_before=2.0, validation_loss_after=1.5),
+    }  # fmt: skip
+    return rundir.write_result(job.run, Result(**values | changes))
+
+
+def run(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[int, FinishReport]:
+    for name, value in job.variables().items():
+        monkeypatch.setenv(name, value)
+    code = finish.main(job.plan_file)
+    return code, FinishReport.model_validate_json((job.run / "termination").read_bytes())
+
+
+def test_the_adapter_is_filed_under_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path, spec={"register": {"suffix": "lamp"}})
+    result = ended(job)
+    code, report = run(job, monkeypatch)
+    assert (code, report.outcome, report.reason) == (0, "Done", Reason.SUCCEEDED)
+    adapter = report.adapter
+    assert adapter is not None
+    assert result.adapter_digest == adapter.digest == manifest.verify(tmp_path / adapter.sub_path)
+    assert adapter.sub_path == f"adapters/sha256-{adapter.digest.removeprefix('sha256:')}"
+    # The training's date, not today's.
+    assert adapter.served_name == f"ft:tiny:lamp:20261124:{adapter.digest[7:15]}"
+    assert (adapter.rank, adapter.alpha, adapter.target_modules) == (4, 8.0, ["q_proj", "v_proj"])
+    assert (job.run / "finish/report.json").is_file()
+
+
+def test_a_second_pass_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    ended(job)
+    first = run(job, monkeypatch)
+    assert run(job, monkeypatch) == first
+
+
+def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    ended(job)
+    _, report = run(job, monkeypatch)
+    assert report.adapter is not None
+    (tmp_path / report.adapter.sub_path / "adapter/adapter_model.safetensors").write_bytes(b"wei")
+    assert run(job, monkeypatch)[1] == report
+    manifest.verify(tmp_path / report.adapter.sub_path)
+
+
+@pytest.mark.parametrize(
+    ("gate", "said"),
+    [
+        ({"maxLoss": 1.4}, "maxLoss is 1.4"),
+        ({"minImprovement": 0.5}, "better by 25.0%; evaluation.gate.minImprovement is 50.0%"),
+    ],
+)
+def test_the_gate_refuses_with_both_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: dict[str, float], said: str
+) -> None:
+    datasets = {"training": [{"uri": "pvc://claim/chats.jsonl"}], "validationFraction": 0.1}
+    job = make_job(tmp_path, spec={"evaluation": {"gate": gate}, "datasets": datasets})
+    ended(job)
+    _, report = run(job, monkeypatch)
+    assert (report.outcome, report.reason, report.adapter) == ("Failed", Reason.GATE_REFUSED, None)
+    assert "the validation loss is 1.5000, the base model's 2.0000" in report.message
+    assert said in report.message
+    assert "the adapter stays in jobs/tiny/adapter/a1" in report.message
+    assert not (tmp_path / "adapters").exists()
+
+
+def test_a_gate_that_is_reached_lets_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = {"training": [{"uri": "pvc://claim/chats.jsonl"}], "validationFraction": 0.1}
+    gate = {"maxLoss": 1.6, "minImprovement": 0.2}
+    job = make_job(tmp_path, spec={"evaluation": {"gate": gate}, "datasets": datasets})
+    ended(job)
+    assert run(job, monkeypatch)[1].outcome == "Done"
+
+
+def test_changed_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    ended(job)
+    (job.run / "adapter/a1/adapter/adapter_model.safetensors").write_bytes(b"WEIGHTS")
+    code, report = run(job, monkeypatch)
+    assert (code, report.reason) == (66, Reason.INPUT_MISSING)
+    assert "was changed after it was finished" in report.message
+
+
+def test_without_a_success_there_is_nothing_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = make_job(tmp_path)
+    ended(job, plan_digest="sha256:another")
+    code, report = run(job, monkeypatch)
+    assert (code, report.outcome) == (66, "Failed")
+    assert "train first" in report.message
