@@ -213,11 +213,9 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
 def prepare_environment(shape: Shape) -> None:
     """For the ranks, which inherit it."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // shape.ranks_here)))
-    # libgomp's threads spin for a millisecond at each barrier: beside other pods on the same cores that doubles the time.
+    # libgomp's threads spin for a millisecond at each barrier: where processors are shared (a quota, other pods) a step
+    # then takes twice as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    # Threads that spin while they wait make a step 2.3 times as slow where processors are shared with anything else,
-    # as in a pod with a CPU quota or a demo beside its own control plane.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Ranks log through a pipe, and a line must be seen when it is said.
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
