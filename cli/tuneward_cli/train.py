@@ -87,9 +87,11 @@ def _attempt(place: Place, plan: Plan, name: str, voice: Voice) -> Failure | Non
 
 
 def _show(bar: Bar, name: str, seen: Seen | None) -> None:
-    phase = Phase.RUNNING if seen and seen.steps else Phase.STARTING
-    bar.phase(phase, phase_line(name, phase, progress_line(seen) if seen and seen.steps else None))
-    bar.update(seen or bar.seen)
+    """What was seen last stays when nobody answers: at its end the launcher is gone before we know."""
+    last = seen or bar.seen
+    phase = Phase.RUNNING if last.steps else Phase.STARTING
+    bar.phase(phase, phase_line(name, phase, progress_line(last) if last.steps else None))
+    bar.update(last)
 
 
 def _code_of(failure: Failure) -> int:
