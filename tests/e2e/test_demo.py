@@ -57,7 +57,7 @@ def test_kubectl_describe_shows_the_way_of_the_job(demo: Demo) -> None:
 
 def test_kubectl_explain_describes_each_field(demo: Demo) -> None:
     explained = demo.cluster.kubectl("explain", "ftj.spec.datasets")
-    assert "What is learnt from" in explained
+    assert "Training and validation data." in explained
     assert "validationFraction" in explained
 
 
