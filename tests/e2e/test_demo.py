@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tests.e2e.command import MODEL, Demo
+from tests.e2e.command import MODEL, Demo, processes_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1500)]
 
@@ -97,16 +97,3 @@ def test_down_leaves_no_process(demo: Demo) -> None:
     demo.command.ok("down", timeout=120)
     assert processes_of(demo.command.home) == []
     assert demo.command.run("status").returncode == 3
-
-
-def processes_of(home: Path) -> list[str]:
-    """Command lines of this machine that name the data directory."""
-    found = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = file.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(home) in line and "pytest" not in line:
-            found.append(line)
-    return found
