@@ -227,11 +227,15 @@ class Kube:
         query = [("limit", str(PAGE))]
         if selector:
             query.append(("labelSelector", selector))
-        page = await self._json("GET", resource.path(namespace), query=query, accept=accept)
-        yield page
-        while token := page["metadata"].get("continue"):
-            page = await self._json("GET", resource.path(namespace), query=[*query, ("continue", token)], accept=accept)
-            yield page
+        token = ""
+        while True:
+            more = [("continue", token)] if token else []
+            page = await self._json("GET", resource.path(namespace), query=[*query, *more], accept=accept)
+            # A list of metadata that holds nothing comes with null, which is nothing to go through.
+            yield {**page, "items": page.get("items") or []}
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return
 
     async def _apply(self, path: str, manager: str, body: Object) -> Object:
         query = [("fieldManager", manager), ("force", "true")]

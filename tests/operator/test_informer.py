@@ -49,7 +49,8 @@ class Server:
         if not more and len(self.lists) > 1:
             self.lists.pop(0)
         metadata = {"resourceVersion": str(self.version), **more}
-        return web.Response(body=orjson.dumps({"metadata": metadata, "items": items[start:rest]}))
+        # The real server, too, writes null for a list of metadata that holds nothing.
+        return web.Response(body=orjson.dumps({"metadata": metadata, "items": items[start:rest] or None}))
 
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

@@ -16,7 +16,16 @@ from tests.support.wait import wait_for
 from tuneward_operator import sweep
 from tuneward_operator.app import App
 from tuneward_operator.jobs import reconcile
-from tuneward_operator.kube import FINETUNEJOBS, Kube, load_configuration
+from tuneward_operator.kube import (
+    FINETUNEDMODELS,
+    FINETUNEJOBS,
+    JOBS,
+    MODELSERVERS,
+    PODS,
+    Kube,
+    Resource,
+    load_configuration,
+)
 from tuneward_operator.poll import pull_through
 from tuneward_operator.queue import Key
 from tuneward_operator.settings import Settings
@@ -132,3 +141,14 @@ def test_deleting_a_running_job_leaves_no_orphan(world: World) -> None:
         wait_for(lambda kind=kind: not world.list(kind, "tuneward.dev/job=bot"), what=f"the {kind}s to go")
     wait_for(lambda: not world.list("ConfigMap", "tuneward.dev/job=bot"), what="the ConfigMaps to go")
     assert world.find("PersistentVolumeClaim", "tuneward-store") is not None
+
+
+@pytest.mark.parametrize("resource", [FINETUNEJOBS, FINETUNEDMODELS, MODELSERVERS, JOBS, PODS], ids=lambda item: item.plural)
+async def test_a_sweep_over_nothing_finds_nothing(world: World, resource: Resource) -> None:
+    """The API server writes `items: null` for a list of metadata that holds nothing."""
+    world.operators.end_shared()
+    app = await deaf_app(world)
+    try:
+        assert await sweep.drop_ghosts(app, resource, world.namespace) == {}
+    finally:
+        await app.kube.close()
