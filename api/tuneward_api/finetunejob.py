@@ -272,7 +272,7 @@ class Retries(Model):
     preempted: Int | None = Field(None, ge=0, le=10_000, description="Evictions and preemptions. Default: 1000.")
     out_of_memory: Int | None = Field(None, ge=0, le=100, description="Killed for memory. Default: 1.")
     numerical_divergence: Int | None = Field(None, ge=0, le=100, description="Loss no longer finite. Default: 1.")
-    hang: Int | None = Field(None, ge=0, le=100, description="No step for too long. Default: 3.")
+    hang: Int | None = Field(None, ge=0, le=100, description="No step for hangTimeoutSeconds. Default: 3.")
     user_code: Int | None = Field(None, ge=0, le=100, description="An exception of the training code. Default: 1.")
     unknown: Int | None = Field(None, ge=0, le=100, description="Anything else. Default: 3.")
 
@@ -286,6 +286,13 @@ class RunPolicy(Model):
         ge=10,
         le=604_800,
         description="Longest time from admission to a gang that runs; then it is taken down and tried again. Default: 1800.",
+    )
+    hang_timeout_seconds: Int | None = Field(
+        None,
+        ge=10,
+        le=604_800,
+        description="Longest time without a step while the leader answers; then the gang is taken down and goes on from its "
+        "newest checkpoint. Default: 1800.",
     )
     active_deadline_seconds: Int | None = Field(
         None, ge=1, le=31_536_000, description="Longest time from acceptance to the end. Default: none."

@@ -14,6 +14,7 @@ from tuneward_operator.observe import Gang, Seen, Worker, disrupted
 from tuneward_operator.views import JobView
 
 DEFAULT_START_SECONDS: Final = 1800
+DEFAULT_HANG_SECONDS: Final = 1800
 MAX_WAIT_REASON: Final = 300
 
 DELETED: Final = Failure(
@@ -50,7 +51,7 @@ def over(job: JobView, workers: Iterable[Worker]) -> bool:
 
 
 def failure(gang: Gang, now: datetime, policy: RunPolicy, replicas: int) -> Failure | None:
-    """What ended the gang; None: it has not ended."""
+    """What ended the gang, or why it has to end; None: it goes on."""
     if gang.job.deleting_since is not None:
         return DELETED
     lost = gang.lost_workers
@@ -64,7 +65,21 @@ def failure(gang: Gang, now: datetime, policy: RunPolicy, replicas: int) -> Fail
             reason=Reason.START_TIMEOUT,
             sentence=f"the gang did not start within {_start_seconds(policy)} s ({start_message(gang, replicas)})",
         )
-    return None
+    return _hang(gang.leader, policy)
+
+
+def _hang(leader: Worker | None, policy: RunPolicy) -> Failure | None:
+    """By the leader's own word: one that does not answer is stale, and one that loads or evaluates is busy."""
+    heard = leader.heard if leader is not None else None
+    seconds = policy.hang_timeout_seconds or DEFAULT_HANG_SECONDS
+    if heard is None or heard.progress.phase != "Training" or (heard.at - heard.moved_at).total_seconds() < seconds:
+        return None
+    return Failure(
+        failure_class=FailureClass.HANG,
+        reason=Reason.HANG,
+        sentence=f"no step for {seconds} s after step {heard.progress.step}, though the leader answers "
+        "(spec.runPolicy.hangTimeoutSeconds)",
+    )
 
 
 def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:

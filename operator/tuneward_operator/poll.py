@@ -39,10 +39,11 @@ class Leader(NamedTuple):
 
 @dataclass(frozen=True)
 class Heard:
-    """The last answer of a leader and when it came."""
+    """The last answer of a leader, when it came, and since when its phase and step have been the same."""
 
     progress: Progress
     at: datetime
+    moved_at: datetime
 
 
 @dataclass
@@ -54,15 +55,20 @@ class Board:
     def of(self, pod_uid: str) -> Heard | None:
         return self.heard.get(pod_uid)
 
-    def post(self, pod_uid: str, heard: Heard) -> bool:
+    def post(self, pod_uid: str, progress: Progress, at: datetime) -> bool:
         """Returns whether it says something that status may have to say too."""
         known = self.heard.get(pod_uid)
-        self.heard[pod_uid] = heard
-        return known is None or _noteworthy(known.progress, heard.progress)
+        moved = known is None or _place(known.progress) != _place(progress)
+        self.heard[pod_uid] = Heard(progress, at, at if moved or known is None else known.moved_at)
+        return known is None or _noteworthy(known.progress, progress)
 
     def retain(self, pod_uids: set[str]) -> None:
         for gone in self.heard.keys() - pod_uids:
             del self.heard[gone]
+
+
+def _place(progress: Progress) -> tuple[int, str, int]:
+    return progress.attempt, progress.phase, progress.step
 
 
 def _noteworthy(before: Progress, after: Progress) -> bool:
@@ -152,5 +158,5 @@ class Poller:
             return
         self._told(True)
         # A pod of another job may have got the address of one that has just gone.
-        if progress.pod_uid in ("", leader.uid) and self._board.post(leader.uid, Heard(progress, self._now())):
+        if progress.pod_uid in ("", leader.uid) and self._board.post(leader.uid, progress, self._now()):
             self._news(leader)

@@ -164,6 +164,7 @@ CASES = [
     Bad("retries", "spec.runPolicy.retries.infrastructure", -1, "spec.runPolicy.retries.infrastructure", "at least 0"),
     Bad("unknown retry", "spec.runPolicy.retries.gpu", 1, "spec.runPolicy.retries.gpu", "allowed here: infrastructure"),
     Bad("start timeout", "spec.runPolicy.startTimeoutSeconds", 1, "spec.runPolicy.startTimeoutSeconds", "at least 10"),
+    Bad("hang timeout", "spec.runPolicy.hangTimeoutSeconds", 1, "spec.runPolicy.hangTimeoutSeconds", "at least 10"),
     Bad("deadline", "spec.runPolicy.activeDeadlineSeconds", 0, "spec.runPolicy.activeDeadlineSeconds", "at least 1"),
     Bad("ttl", "spec.runPolicy.ttlSecondsAfterFinished", -1, "spec.runPolicy.ttlSecondsAfterFinished", "at least 0"),
     Bad("name too long", "metadata.name", "a" * 49, "", "at most 48 characters"),

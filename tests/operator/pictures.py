@@ -9,7 +9,7 @@ from typing import Any
 from tests.operator.world import finish_report, prepare_report
 
 from tuneward_api.failures import classify
-from tuneward_api.files import FinishReport, Images, JobRef, Plan, PrepareReport, Request, Result
+from tuneward_api.files import FinishReport, Images, JobRef, Plan, PrepareReport, Progress, Request, Result
 from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from tuneward_operator.build import Owner
 from tuneward_operator.observe import Gang, Helper, Outcome, Seen, Worker
@@ -144,10 +144,10 @@ def accepted(of: Owner | None = None, *, status: dict[str, Any] | None = None, *
     return picture
 
 
-def heard(at: datetime = NOW, **progress: Any) -> Heard:
-    from tuneward_api.files import Progress
-
-    return Heard(Progress.model_validate({"attempt": 1, "steps": 100, "phase": "Training", **progress}), at)
+def heard(at: datetime = NOW, *, still: float = 0, **progress: Any) -> Heard:
+    """`still`: seconds without a step."""
+    said = Progress.model_validate({"attempt": 1, "steps": 100, "phase": "Training", **progress})
+    return Heard(said, at, at - timedelta(seconds=still))
 
 
 def result(attempt: int = 1, *, outcome: str = "Succeeded", **more: Any) -> Result:

@@ -104,6 +104,24 @@ def test_a_silent_leader_is_stale_and_never_hangs() -> None:
     assert (decision.status.phase, truth(decision, "Running")) == (Phase.RUNNING, ("True", "ProgressStale"))
 
 
+@pytest.mark.parametrize(
+    ("still", "progress", "phase"),
+    [
+        (1800, {"step": 30}, Phase.RECOVERING),
+        (1799, {"step": 30}, Phase.RUNNING),
+        (9999, {"step": 0, "phase": "Loading"}, Phase.RUNNING),
+        (9999, {"step": 30, "phase": "Evaluating"}, Phase.RUNNING),
+    ],
+)
+def test_a_leader_that_answers_and_makes_no_step_hangs(still: float, progress: dict[str, Any], phase: Phase) -> None:
+    leader = worker(heard=heard(still=still, **progress))
+    decision = decided(accepted(status={"phase": "Running"}, gang=gang(leader)))
+    assert decision.status.phase == phase
+    if phase == Phase.RECOVERING:
+        assert (decision.status.retries, decision.status.launches) == ({"Hang": 1}, 1)
+        assert "no step for 1800 s after step 30" in str(decision.status.message)
+
+
 KILLED: dict[str, Any] = {"phase": "Failed", "exit_code": 137, "reason": "Error"}
 
 

@@ -35,6 +35,20 @@ def test_a_lost_worker_restarts_the_whole_gang_until_the_budget_is_spent(world: 
     assert world.find("Job", "bot-a3") is None
 
 
+def test_a_gang_that_makes_no_step_is_taken_down_and_goes_on(world: World) -> None:
+    world.share_operator()
+    world.submit(runPolicy={"hangTimeoutSeconds": 10})
+    world.prepare_done()
+    (leader,) = world.pods_of("bot-a1")
+    world.leader(leader, attempt=1, step=30, checkpoint=saved(20))
+    world.pods_of("bot-a2")
+    world.wait_gone("Job", "bot-a1")
+    status = world.status()
+    assert status["retries"] == {"Hang": 1}
+    (attempt,) = status["attempts"]
+    assert attempt["cause"].startswith("no step for 10 s after step 30")
+
+
 def test_suspend_frees_the_workers_and_resume_goes_on_with_the_next_launch(world: World) -> None:
     world.share_operator()
     world.submit()
