@@ -26,6 +26,14 @@ def command() -> Iterator[Command]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.fixture
+def store(command: Command, tmp_path: Path) -> Path:
+    """A workstation's, with the base model in it."""
+    folder = tmp_path / "store"
+    command.ok("import", str(MODEL), "smollm2-135m-instruct", "--store", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def demo(command: Command) -> Demo:
     done = command.run("demo", "--no-prompt", "--output", "json", timeout=1200)

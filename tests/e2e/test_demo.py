@@ -84,6 +84,55 @@ def test_import_again_changes_nothing(demo: Demo, tmp_path: Path) -> None:
     assert "is there already" in done.stdout
 
 
+def failing(name: str, samples: list[object], **spec: object) -> str:
+    """A job that cannot end in a model, with its data, as YAML (which JSON is)."""
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    data = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": {"chats.jsonl": lines}}
+    job = {
+        "apiVersion": "tuneward.dev/v1alpha1",
+        "kind": "FineTuneJob",
+        "metadata": {"name": name},
+        "spec": {
+            "model": {"uri": "pvc://tuneward-store/imports/smollm2-135m-instruct"},
+            "datasets": {"training": [{"uri": f"configmap://{name}/chats.jsonl"}], "validationFraction": 0.5},
+            "hyperparameters": {"steps": 1},
+            "workers": {"gpusPerWorker": 0, "resources": {"requests": {"cpu": "1", "memory": "2Gi"}}},
+            **spec,
+        },
+    }
+    return f"{json.dumps(data)}\n---\n{json.dumps(job)}\n"
+
+
+def chat(*turns: tuple[str, str]) -> dict[str, object]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+GOOD = [chat(("user", f"How much is {n} and {n}?"), ("assistant", f"It is {2 * n}.")) for n in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("name", "samples", "spec", "reason"),
+    [
+        ("bad-role", [*GOOD, chat(("user", "Hello"), ("asistant", "Hi"))], {}, "DataInvalid"),
+        ("no-better", GOOD, {"evaluation": {"gate": {"maxLoss": 1e-6}}}, "GateRefused"),
+    ],
+)
+def test_a_failing_job_says_the_same_on_a_cluster_and_without(
+    demo: Demo, store: Path, tmp_path: Path, name: str, samples: list[object], spec: dict[str, object], reason: str
+) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(failing(name, samples, **spec))
+    demo.cluster.kubectl("apply", "-f", str(file))
+    watched = demo.command.run("watch", name, timeout=400)
+    status = demo.cluster.get("ftj", name)["status"]
+    assert isinstance(status, dict)
+    trained = demo.command.run("train", str(file), "--store", str(store), timeout=400)
+    said = f"{reason}: {status['message']}"
+    assert said in watched.stderr, watched.stderr
+    assert said in trained.stderr, trained.stderr
+    assert trained.returncode == watched.returncode != 0
+
+
 def test_deleting_the_job_keeps_its_model_and_leaves_no_pod(demo: Demo) -> None:
     demo.cluster.kubectl("delete", "ftj", "lantern", "--timeout=120s")
     demo.cluster.kubectl("wait", "--for=delete", "pods", "-l", "tuneward.dev/job=lantern", "--timeout=120s")

@@ -7,11 +7,10 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.e2e.command import MODEL, Command
+from tests.e2e.command import Command
 from tests.support.cluster import ROOT
 from tests.support.wait import wait_for
 
@@ -21,13 +20,6 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1200)]
 
 TRAINS = re.compile(r"step [3-9]/")
 EXAMPLE = ROOT / "examples" / "finetune.yaml"
-
-
-@pytest.fixture
-def store(command: Command, tmp_path: Path) -> Iterator[Path]:
-    folder = tmp_path / "store"
-    command.ok("import", str(MODEL), "smollm2-135m-instruct", "--store", str(folder))
-    yield folder
 
 
 def test_train_is_interrupted_goes_on_and_ends_in_an_adapter(command: Command, store: Path) -> None:
