@@ -27,6 +27,7 @@ from tuneward_api.files import (
     PrepareReport,
     Report,
     Request,
+    Result,
     canonical_json,
 )
 from tuneward_api.finetunejob import FineTuneJob, RunPolicy, Workers
@@ -117,7 +118,7 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
     """Makes the run directory. Refuses one that belongs to another spec or to other data of the same file."""
     if restart:
         shutil.rmtree(place.run, ignore_errors=True)
-    request = request_of(job)
+    request = _finished_request(place, request_of(job))
     wanted = {place.request: canonical_json(request.to_json()), **_config_map_files(place, loaded, job)}
     _take_other_workers(place, request)
     for file, text in wanted.items():
@@ -140,6 +141,27 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
             code=ExitCode.CONFIG_BAD,
         ) from error
     return request
+
+
+def _finished_request(place: Place, request: Request) -> Request:
+    """The request of a run that succeeded, if only the number of workers differs: there is nothing left for them to do."""
+    try:
+        plan = Plan.model_validate_json(place.plan.read_bytes())
+    except (OSError, ValidationError):
+        return request
+    same = _without_workers(plan.request) == _without_workers(request)
+    return plan.request if same and _succeeded(place, plan) else request
+
+
+def _succeeded(place: Place, plan: Plan) -> bool:
+    for file in place.run.glob("attempts/*/result.json"):
+        try:
+            result = Result.model_validate_json(file.read_bytes())
+        except (OSError, ValidationError):
+            continue
+        if result.outcome == "Succeeded" and result.plan_digest == plan.digest():
+            return True
+    return False
 
 
 def _take_other_workers(place: Place, request: Request) -> None:

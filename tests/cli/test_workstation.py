@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.operator.pictures import result
+from tests.operator.world import prepare_report
 
 from tuneward_api.conditions import FailureClass
 from tuneward_api.failures import DEFAULT_RETRIES
+from tuneward_api.files import Plan, PrepareReport, canonical_json
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_cli import workstation
 from tuneward_cli.documents import Loaded, load, load_valid, the_job
@@ -117,6 +120,21 @@ def test_only_the_number_of_workers_may_change_between_runs(tmp_path: Path) -> N
     assert request.spec.workers.replicas == 1
     assert request.spec.workers.gpus_per_worker == 0
     assert '"replicas":1' in place.request.read_text()
+
+
+def test_a_finished_job_is_not_trained_again_by_other_workers(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    place = laid_out(tmp_path, loaded)
+    prepared = PrepareReport.model_validate(prepare_report()).prepared
+    assert prepared is not None
+    plan = Plan(request=workstation.request_of(the_job(loaded)), prepared=prepared)
+    place.plan.write_text(canonical_json(plan.to_json()))
+    attempt = place.run / "attempts" / "1"
+    attempt.mkdir(parents=True)
+    (attempt / "result.json").write_text(canonical_json(result(planDigest=plan.digest()).to_json()))
+    fewer = workstation.with_workers(the_job(loaded), 1)
+    assert workstation.lay_out(place, loaded, fewer, restart=False) == plan.request
+    assert Plan.model_validate_json(place.plan.read_bytes()).digest() == plan.digest()
 
 
 def test_budgets_come_from_the_spec_first() -> None:
