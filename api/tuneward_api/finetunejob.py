@@ -62,15 +62,37 @@ class Method(Model):
     )
 
 
+DataFormat = Literal["Messages", "PromptCompletion", "Conversations", "Instruction", "Text"]
+DataField = Literal[
+    "messages", "tools", "prompt", "completion", "conversations", "system", "instruction", "input", "output", "text"
+]
+FIELDS_RULE = Rule(
+    cel="self.all(k, self.exists_one(j, self[j] == self[k]))",
+    message="two columns must not become the same field",
+    check=lambda value: len(set(value.values())) == len(value),
+)
+FieldMap = Annotated[
+    dict[Annotated[str, Field(max_length=128)], DataField], Field(min_length=1, max_length=10), Ruled(FIELDS_RULE)
+]
+
+
 class Dataset(Model):
     """One source of samples."""
 
     uri: DataUri = Field(
-        description="Where the file is: configmap://NAME/KEY or pvc://CLAIM/PATH; .jsonl or .jsonl.gz. "
-        "A folder stands for all such files in it, in the order of their names."
+        description="Where the file is: configmap://NAME/KEY or pvc://CLAIM/PATH; .jsonl, .jsonl.gz, .jsonl.zst or "
+        ".parquet. A folder stands for all such files in it, in the order of their names."
     )
-    format: Literal["Messages", "PromptCompletion", "Text"] | None = Field(
-        None, description="Messages, PromptCompletion or Text. Default: told from the first sample."
+    format: DataFormat | None = Field(
+        None,
+        description="Messages (messages), PromptCompletion (prompt, completion), Conversations (ShareGPT's "
+        "conversations of from and value), Instruction (Alpaca's instruction, input, output) or Text (text). "
+        "Default: told from the first sample.",
+    )
+    fields: FieldMap | None = Field(
+        None,
+        description="Names of columns -> the fields of the format that they are, such as {question: prompt, "
+        "answer: completion}. Default: the columns have the fields' names.",
     )
     weight: Int | None = Field(None, ge=1, le=1000, description="Copies of this source in an epoch. Default: 1.")
 
@@ -94,6 +116,13 @@ class Datasets(Model):
         None,
         description="Which tokens are learnt: Assistant (default), every assistant turn whose weight is not 0; "
         "LastAssistant, the last one; All, every token. Text samples are always learnt whole.",
+    )
+    invalid_sample_skip_percentage: float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="Share of all samples, in percent, that may be invalid: so many are left out and named in "
+        "prepare/errors.txt of the run directory; more refuse the data. Default: 0.",
     )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
@@ -388,6 +417,7 @@ class ResolvedData(Model):
     tokens: Int = Field(description="Training tokens of one epoch.", ge=0)
     target_tokens: Int = Field(description="Those that are learnt.", ge=0)
     validation_samples: Int = Field(0, description="Held-out samples.", ge=0)
+    skipped_samples: Int | None = Field(None, description="Samples left out as too long or invalid, if any.", ge=1)
 
 
 class ResolvedPacking(Model):

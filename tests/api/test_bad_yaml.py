@@ -27,7 +27,8 @@ spec:
     - {uri: "pvc://data/chats.jsonl", weight: 2}
     - {uri: "configmap://chats/more.jsonl", format: Messages}
     validation:
-    - {uri: "pvc://data/held-out.jsonl.gz"}
+    - {uri: "pvc://data/held-out.jsonl.gz", fields: {question: prompt, answer: completion}}
+    invalidSampleSkipPercentage: 0.5
   method: {type: LoRA, rank: 16, alpha: 32, dropout: 0, rsLoRA: false, targetModules: [q_proj, v_proj]}
   hyperparameters: {epochs: 3, learningRate: 1e-4, scheduler: Cosine, warmupFraction: 0.05, sequenceLength: 2048}
   workers:
@@ -93,6 +94,28 @@ CASES = [
     Bad("dataset format", "spec.datasets.training.0.format", "chat", "spec.datasets.training[0].format", "'Messages'"),
     Bad("weight as text", "spec.datasets.training.0.weight", "2", "spec.datasets.training[0].weight", "whole number"),
     Bad("weight zero", "spec.datasets.training.0.weight", 0, "spec.datasets.training[0].weight", "at least 1"),
+    Bad(
+        "column of no field",
+        "spec.datasets.training.0.fields",
+        {"frage": "question"},
+        "spec.datasets.training[0].fields.frage",
+        "'prompt'",
+    ),
+    Bad(
+        "two columns of one field",
+        "spec.datasets.training.0.fields",
+        {"a": "prompt", "b": "prompt"},
+        "spec.datasets.training[0].fields",
+        "two columns",
+    ),
+    Bad("no columns", "spec.datasets.training.0.fields", {}, "spec.datasets.training[0].fields", "at least 1"),
+    Bad(
+        "share of invalid samples",
+        "spec.datasets.invalidSampleSkipPercentage",
+        101,
+        "spec.datasets.invalidSampleSkipPercentage",
+        "at most 100",
+    ),
     Bad("null model uri", "spec.model.uri", None, "spec.model.uri", "required"),
     Bad("two validations", "spec.datasets.validationFraction", 0.1, "spec.datasets", "not both"),
     Bad(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tuneward_trainer.data.build import DataError, Limits, Source, Summary, build
+from tuneward_trainer.data.build import DataError, Summary, build
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.samples import Limits, Source
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +62,15 @@ def test_documents_know_where_they_came_from_and_copies_share_ids(tmp_path: Path
     assert (
         summary
         == Summary.read(tmp_path / "out")
-        == Summary(samples=5, documents=8, tokens=23, target_tokens=15, longest=4, duplicates=1)
+        == Summary(
+            samples=5,
+            documents=8,
+            tokens=23,
+            target_tokens=15,
+            longest=4,
+            duplicates=1,
+            formats=dict.fromkeys((one.uri for one in sources), "Text"),
+        )
     )
 
 

@@ -6,10 +6,12 @@ import gzip
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.files import data_files, parse, read_lines
+from tuneward_trainer.data.files import data_files, parse, read, read_lines
 from tuneward_trainer.data.problems import Problem, Problems, SampleError
 
 A, B = b'{"text": "a"}', b'{"text": "b"}'
@@ -72,9 +74,65 @@ def test_a_broken_file_says_so(tmp_path: Path, content: bytes, expected: str) ->
 
 
 def test_a_folder_stands_for_its_files_in_order(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.jsonl.gz", "c.txt", ".hidden.jsonl"):
+    for name in ("b.jsonl", "a.jsonl.gz", "c.txt", ".hidden.jsonl", "d.parquet", "e.jsonl.zst"):
         (tmp_path / name).write_bytes(b"")
-    assert data_files(tmp_path) == [tmp_path / "a.jsonl.gz", tmp_path / "b.jsonl"]
+    assert data_files(tmp_path) == [tmp_path / name for name in ("a.jsonl.gz", "b.jsonl", "d.parquet", "e.jsonl.zst")]
+
+
+ROWS: list[dict[str, Any]] = [
+    {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "id": 1},
+    {
+        "messages": [
+            {"role": "user", "content": "c"},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+            {"role": "assistant", "tool_calls": [{"function": {"name": "g", "arguments": {"y": "é"}}}]},
+        ]
+    },
+]
+
+
+def test_rows_of_a_table_have_no_fields_of_other_rows(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS * 300), tmp_path / "a.parquet", row_group_size=7)
+    assert list(read(tmp_path / "a.parquet")) == list(enumerate(ROWS * 300, 1))
+
+
+def test_a_table_is_read_a_piece_at_a_time(tmp_path: Path) -> None:
+    """One row group of 96 MB: memory must not hold it."""
+    text = "x" * 96
+    with pq.ParquetWriter(
+        tmp_path / "a.parquet", pa.schema([("text", pa.string())]), compression="none", use_dictionary=False
+    ) as file:
+        file.write_table(pa.table({"text": [text] * 1_000_000}), row_group_size=1_000_000)
+    before = pa.default_memory_pool().bytes_allocated()
+    most = 0
+    for _, row in read(tmp_path / "a.parquet"):
+        most = max(most, pa.default_memory_pool().bytes_allocated() - before)
+        assert row == {"text": text}
+    assert most < 16 << 20
+
+
+def zstd(*frames: bytes) -> bytes:
+    return b"".join(pa.compress(frame, codec="zstd", asbytes=True) for frame in frames)
+
+
+def test_zstd_frames(tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl.zst").write_bytes(zstd(A + b"\n" + B[:5], B[5:] + b"\n"))
+    assert list(read(tmp_path / "data.jsonl.zst")) == [(1, A), (2, B)]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (zstd(A * 50)[:-9], "is a broken zstd stream"),
+        (zstd(A) + b"garbage", "is a broken zstd stream"),
+        (b"PAR1" + b"x" * 40, "is a broken Parquet file"),
+    ],
+    ids=["cut", "garbage", "no table"],
+)
+def test_a_broken_table_or_stream_says_so(tmp_path: Path, content: bytes, expected: str) -> None:
+    (tmp_path / "data").write_bytes(content)
+    with pytest.raises(SampleError, match=expected):
+        list(read(tmp_path / "data"))
 
 
 @pytest.mark.parametrize(
@@ -95,6 +153,10 @@ def test_a_line_that_is_no_object(line: bytes, expected: str) -> None:
     assert expected in str(caught.value)
 
 
+def sharegpt(*turns: tuple[str, Any]) -> dict[str, Any]:
+    return {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+
+
 def user_then(**assistant: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", **assistant}]}
 
@@ -102,7 +164,31 @@ def user_then(**assistant: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ({"conversations": []}, ' has the fields ["conversations"]; allowed: messages, prompt and completion, or text'),
+        (
+            {"question": "a"},
+            ' has the fields ["question"]; allowed: messages; prompt and completion; conversations; instruction and output; text;',
+        ),
+        ({"conversations": []}, "conversations is []; allowed: a list of at least one message"),
+        ({"conversations": [3]}, "conversations[0] is 3; allowed: an object with from and value"),
+        (sharegpt(("bot", "a")), 'conversations[0].from is "bot"; allowed: human, user, gpt'),
+        ({"conversations": [{"value": "a"}]}, "conversations[0].from is missing; allowed: human, user, gpt"),
+        (sharegpt(("human", 3)), "conversations[0].value is 3; allowed: a text"),
+        ({"conversations": [{"from": "gpt"}]}, "conversations[0].value is missing; allowed: a text"),
+        ({"conversations": [{"from": "gpt", "value": "a", "content": "b"}]}, "conversations[0].content stands beside value"),
+        (
+            {"conversations": [{"from": "gpt", "value": "a", "mood": "b"}]},
+            "conversations[0].mood is a field that no template",
+        ),
+        (sharegpt(("function_call", "f(x)")), "conversations[0].value is no JSON"),
+        (sharegpt(("function_call", "[3]")), 'conversations[0].value is [3]; allowed: {"name": …'),
+        (sharegpt(("human", "a")) | {"system": 3}, "system is 3; allowed: a text"),
+        ({"instruction": "a", "output": ""}, "output is empty; allowed: a text"),
+        ({"instruction": "a", "output": "b", "input": ["c"]}, 'input is ["c"]; allowed: a text'),
+        (
+            {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+            "history would not be learnt from; allowed: only instruc",
+        ),
+        (user_then(content="b") | {"system": "c"}, "system would not be learnt from; allowed: only messages, tools"),
         ({"messages": None}, "messages is null; allowed: a list of at least one message"),
         ({"messages": []}, "messages is []; allowed: a list of at least one message"),
         ({"messages": ["a"]}, 'messages[0] is "a"; allowed: an object with role and content'),
@@ -180,11 +266,70 @@ CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"
             formats.Chat(
                 [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}],
                 [0, 1],
+                field="completion",
                 paths=("prompt[0]", "completion[0]"),
             ),
         ),
         ({"prompt": "", "completion": "b"}, formats.PromptCompletion("", "b")),
         ({"text": "a", "id": 3}, formats.Text("a")),
+        (
+            sharegpt(("system", "s"), ("human", "a"), ("gpt", "b"), ("user", "c"), ("chatgpt", "d")),
+            formats.Chat(
+                [
+                    {"role": role, "content": content}
+                    for role, content in zip(["system", "user", "assistant", "user", "assistant"], "sabcd", strict=True)
+                ],
+                [0, 0, 1, 0, 1],
+                field="conversations",
+            ),
+        ),
+        (
+            sharegpt(("human", "a"), ("function_call", '{"name": "f", "arguments": {"x": 1}}'), ("observation", "3"))
+            | {"system": "s", "tools": "[]"},
+            formats.Chat(
+                [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {
+                        "role": "assistant",
+                        "content": "",
+                        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+                    },
+                    {"role": "tool", "content": "3"},
+                ],
+                [0, 0, 1, 0],
+                field="conversations",
+                paths=("system", "conversations[0]", "conversations[1]", "conversations[2]"),
+            ),
+        ),
+        (
+            {"conversations": [{"role": "user", "content": "a"}, {"from": "gpt", "value": "b", "weight": 0}]},
+            formats.Chat(
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], [0, 0], field="conversations"
+            ),
+        ),
+        (
+            {"instruction": "a", "input": "b", "output": "c", "text": "Below is an instruction …"},
+            formats.Chat(
+                [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}],
+                [0, 1],
+                field="output",
+                paths=("instruction", "output"),
+            ),
+        ),
+        (
+            {"instruction": "a", "input": "", "output": "c", "system": "s"},
+            formats.Chat(
+                [
+                    {"role": "system", "content": "s"},
+                    {"role": "user", "content": "a"},
+                    {"role": "assistant", "content": "c"},
+                ],
+                [0, 0, 1],
+                field="output",
+                paths=("system", "instruction", "output"),
+            ),
+        ),
     ],
 )
 def test_samples(value: dict[str, Any], expected: formats.Sample) -> None:

@@ -287,6 +287,33 @@ def test_all_errors_lie_in_the_run_directory_until_they_are_mended(room: Room, u
     assert not errors.exists()
 
 
+def test_a_share_of_invalid_samples_is_left_out_and_named(room: Room, unverified: None) -> None:
+    write(room.root / "configmaps/chats/train.jsonl", [{"messages": []}, *chats(8), {"text": ""}])
+    room.request["spec"]["datasets"]["invalidSampleSkipPercentage"] = 19.9
+    assert room.run()[1]["message"].startswith("2 problems in the data: configmap://chats/train.jsonl:1: messages is []")
+    room.request["spec"]["datasets"]["invalidSampleSkipPercentage"] = 20
+    for _ in range(2):  # the second run finds the cache
+        code, report = room.run()
+        assert (code, report["prepared"]["data"]["summary"]["skippedSamples"]) == (0, 2)
+        assert report["message"].startswith("8 samples, 2 left out, ")
+        assert (room.run_directory / "prepare/errors.txt").read_text() == (
+            "configmap://chats/train.jsonl:1: messages is []; allowed: a list of at least one message\n"
+            "configmap://chats/train.jsonl:10: messages is missing; "
+            "allowed: every sample of a source has the format of its first (Messages)\n"
+        )
+
+
+def test_columns_of_another_name(room: Room, unverified: None) -> None:
+    rows = [{"frage": f"What is {index}?", "antwort": "A number.", "prompt": "unrelated"} for index in range(3)]
+    write(room.root / "configmaps/chats/train.jsonl", rows)
+    source = {"uri": "configmap://chats/train.jsonl", "fields": {"frage": "prompt", "antwort": "completion"}}
+    room.request["spec"]["datasets"]["training"] = [source]
+    code, report = room.run()
+    assert (code, report["prepared"]["data"]["summary"]["samples"]) == (0, 3)
+    write(room.root / "configmaps/chats/train.jsonl", [*rows, {"frage": "x", "antwort": ""}])
+    assert "train.jsonl:4: antwort is empty; allowed: a text" in room.run()[1]["message"]
+
+
 @pytest.mark.parametrize("model", ["bin", "quantised", "unknown", "slow"])
 def test_models_that_cannot_be_trained(room: Room, unverified: None, smollm2: Path, model: str) -> None:
     folder = room.root / "store/imports/other"

@@ -24,8 +24,9 @@ from tuneward_api.finetunejob import Dataset, Datasets, Hyperparameters, Method,
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
 from tuneward_api.uris import parse_uri
 from tuneward_trainer import defaults, models
-from tuneward_trainer.data.build import DataError, Limits, Source, Summary, build
+from tuneward_trainer.data.build import ERRORS, DataError, Summary, build
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
+from tuneward_trainer.data.samples import Limits, Source
 from tuneward_trainer.facts import Facts, chat_template_digest, examine, load_tokenizer, stop_ids
 from tuneward_trainer.report import EndError, config_bad, emit, ending, input_missing, model_unsupported, start_logging
 from tuneward_trainer.store import Places, alone, make_directory
@@ -33,8 +34,7 @@ from tuneward_trainer.store import Places, alone, make_directory
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
-ERRORS: Final = "errors.txt"
-_CACHE_VERSION: Final = 1
+_CACHE_VERSION: Final = 2
 """Raised when the same bytes would give other tokens or masks."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -141,6 +141,7 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
         tokens=summary.tokens,
         target_tokens=summary.target_tokens,
         validation_samples=summary.validation_samples,
+        skipped_samples=summary.skipped + summary.invalid or None,
     )
 
 
@@ -176,7 +177,7 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     datasets = request.spec.datasets
     training = sources(datasets.training, "training", places, request.store_claim)
     validation = sources(datasets.validation or [], "validation", places, request.store_claim)
-    limits = Limits(inputs.longest, datasets.on_too_long or "Error", datasets.validation_fraction or 0.0)
+    limits = limits_of(datasets, inputs.longest)
     key = cache_key(training, validation, datasets, limits, inputs)
     sub_path = f"data/sha256-{key}"
     target = places.store / sub_path
@@ -187,7 +188,18 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
                 make_directory(target / part)
             _fill(target, folder, training, validation, datasets, limits, inputs)
     (folder / ERRORS).unlink(missing_ok=True)
+    if (target / ERRORS).exists():
+        shutil.copyfile(target / ERRORS, folder / ERRORS)
     return Cache(target, sub_path, f"sha256:{key}")
+
+
+def limits_of(datasets: Datasets, longest: int) -> Limits:
+    return Limits(
+        longest,
+        on_too_long=datasets.on_too_long or "Error",
+        fraction=datasets.validation_fraction or 0.0,
+        invalid=datasets.invalid_sample_skip_percentage or 0.0,
+    )
 
 
 def _fill(
@@ -231,7 +243,7 @@ def sources(datasets: Sequence[Dataset], part: str, places: Places, store_claim:
         if not path.exists():
             raise input_missing(f"spec.datasets.{part}[{index}].uri {dataset.uri} does not exist{_hint(root, uri.scheme)}")
         copies = (dataset.weight or 1) if part == "training" else 1
-        found.append(Source(dataset.uri, path, dataset.format, copies))
+        found.append(Source(dataset.uri, path, dataset.format, copies, dict(dataset.fields or {})))
     return found
 
 
@@ -262,14 +274,15 @@ def cache_key(
 
 def _identity(source: Source) -> list[Any]:
     files = [(uri, manifest.hash_file(path)) for uri, path in source.files()]
-    return [source.uri, source.format, source.copies, files]
+    return [source.uri, source.format, source.copies, source.fields, files]
 
 
 def sentence(prepared: Prepared) -> str:
     """What was found, in one line."""
     data, numbers, method = prepared.data.summary, prepared.hyperparameters, prepared.method
+    left_out = f", {data.skipped_samples} left out" if data.skipped_samples else ""
     return (
-        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); "
+        f"{data.samples} samples{left_out}, {data.tokens} tokens ({data.target_tokens} learnt); "
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
         f"LoRA of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
     )

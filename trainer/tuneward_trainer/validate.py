@@ -17,13 +17,14 @@ from tuneward_api.files import Request
 from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import ExitCode
 from tuneward_trainer import defaults, models
-from tuneward_trainer.data.build import DataError, Limits, Source, Summary, build
+from tuneward_trainer.data.build import DataError, Summary, build
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import Problems
 from tuneward_trainer.data.render import LossOn
+from tuneward_trainer.data.samples import Limits, Source
 from tuneward_trainer.facts import examine, load_tokenizer, stop_ids
-from tuneward_trainer.prepare import read_request, sources
+from tuneward_trainer.prepare import limits_of, read_request, sources
 from tuneward_trainer.report import config_bad, ending, input_missing, start_logging
 from tuneward_trainer.store import Places
 
@@ -87,7 +88,7 @@ def _of_request(file: Path) -> Wanted:
         training=sources(datasets.training, "training", places, claim),
         validation=sources(datasets.validation or [], "validation", places, claim),
         loss_on=datasets.loss_on or "Assistant",
-        limits=Limits(longest, datasets.on_too_long or "Error", datasets.validation_fraction or 0.0),
+        limits=limits_of(datasets, longest),
     )
 
 

@@ -5,7 +5,6 @@ One pass over the bytes; memory holds a batch of samples and eight bytes a docum
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import time
@@ -13,57 +12,32 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneward_trainer.data import formats
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
-from tuneward_trainer.data.encode import Encoded, Encoder
-from tuneward_trainer.data.files import data_files, parse, read_lines
+from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.files import ENDINGS
 from tuneward_trainer.data.problems import Problem, Problems, SampleError
+from tuneward_trainer.data.samples import Done, Limits, Source, Worker, batches
 from tuneward_trainer.packing import mix
 
 log = logging.getLogger(__name__)
 
-OnTooLong: TypeAlias = Literal["Error", "Truncate", "Skip"]
 SUMMARY: Final = "summary.json"
-_BATCH: Final = 512
+ERRORS: Final = "errors.txt"
+"""Below the cache: what is wrong with the samples that were left out as invalid; absent where none was."""
 _SAY_EVERY: Final = 10.0
 """Seconds between two lines of progress."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """One entry of spec.datasets: `path` is the file or folder that `uri` names."""
-
-    uri: str
-    path: Path
-    format: formats.Format | None = None
-    copies: int = 1
-
-    def files(self) -> list[tuple[str, Path]]:
-        """(address, path) of each file."""
-        if not self.path.is_dir():
-            return [(self.uri, self.path)]
-        return [(f"{self.uri.rstrip('/')}/{file.name}", file) for file in data_files(self.path)]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`longest`: tokens of a sample; `fraction`: share of the training samples to hold out."""
-
-    longest: int
-    on_too_long: OnTooLong = "Error"
-    fraction: float = 0.0
-
-
 @dataclass
 class Summary:
-    """What was found. Tokens are those of one epoch, copies counted; samples are counted once."""
+    """What was found. Tokens are those of one epoch, copies counted; samples are counted once. `formats`: by uri."""
 
     samples: int = 0
     documents: int = 0
@@ -75,7 +49,9 @@ class Summary:
     in_both: int = 0
     truncated: int = 0
     skipped: int = 0
+    invalid: int = 0
     ignored_fields: dict[str, int] = field(default_factory=dict)
+    formats: dict[str, formats.Format] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """What is no error but worth a line."""
@@ -84,6 +60,7 @@ class Summary:
             (self.in_both, "validation samples are training samples too: the validation loss flatters"),
             (self.truncated, "samples were cut at their end"),
             (self.skipped, "samples were left out as too long"),
+            (self.invalid, "samples were left out as invalid (invalidSampleSkipPercentage); errors.txt names them"),
         ]
         fields = [(count, f"samples have the field {name}, which is ignored") for name, count in self.ignored_fields.items()]
         return [f"{count} {text}" for count, text in found + fields if count]
@@ -104,15 +81,21 @@ class DataError(Exception):
 def build(
     folder: Path, *, training: Sequence[Source], validation: Sequence[Source], encoder: Encoder, limits: Limits
 ) -> Summary:
-    """Writes both parts and summary.json below `folder`. Raises DataError with the problems of all files."""
+    """Writes both parts and summary.json below `folder`, and errors.txt where invalid samples were left out.
+
+    Raises DataError with the problems of all files.
+    """
     problems, summary = Problems(), Summary()
-    tokenizer = _Tokenizer(encoder, limits, problems, summary)
+    tokenizer = _Tokenizer(Worker(encoder, limits), problems, summary)
     hashes = {
         TRAINING: tokenizer.write(folder / TRAINING, training),
         VALIDATION: tokenizer.write(folder / VALIDATION, validation),
     }
-    if problems.count:
+    summary.invalid = problems.bad_samples()
+    if problems.broken or summary.invalid * 100 > limits.invalid * tokenizer.read:
         raise DataError(problems)
+    if problems.count:
+        (folder / ERRORS).write_text("".join(f"{line}\n" for line in problems.lines()))
     if limits.fraction:
         hashes = _hold_out(folder, hashes[TRAINING], limits.fraction)
     _count(folder, hashes, summary)
@@ -123,14 +106,13 @@ def build(
 class _Tokenizer:
     """Reads, renders, tokenizes and writes; adds to `problems` and `summary` what it meets."""
 
-    def __init__(self, encoder: Encoder, limits: Limits, problems: Problems, summary: Summary) -> None:
-        self._encoder = encoder
-        self._limits = limits
+    def __init__(self, worker: Worker, problems: Problems, summary: Summary) -> None:
+        self._worker = worker
         self._problems = problems
         self._summary = summary
         self._ignored: Counter[str] = Counter()
         self._said = time.monotonic()
-        self._read = 0
+        self.read = 0
 
     def write(self, folder: Path, sources: Sequence[Source]) -> NDArray[np.uint64]:
         """Returns one hash for each document: that of its whole sample, so that equal samples are seen."""
@@ -145,94 +127,44 @@ class _Tokenizer:
         return np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
 
     def _source(self, writer: DocumentWriter, hashes: array[int], source: Source, first: int) -> None:
-        """`first`: index of its first file. The format of a source is that of its first sample."""
-        before, form = self._read, source.format
+        """`first`: index of its first file."""
+        read, broken, form = self.read, self._problems.broken, source.detected()
+        if form is not None:
+            self._summary.formats[source.uri] = form
         for index, (uri, path) in enumerate(source.files(), first):
-            samples = self._samples(uri, path, form)
-            while batch := list(islice(samples, _BATCH)):
-                form = batch[0][2]
-                for line, documents in self._documents(uri, batch):
+            for done in self._work(uri, path, form, source):
+                for line, documents, digest in done.good:
                     for document in documents:
                         writer.add(document.ids, document.weights, file=index, line=line, copies=source.copies)
-                    hashes.extend([_hash(documents)] * (len(documents) * source.copies))
-                self._say(uri)
-        if self._read == before:
-            seen = "holds no .jsonl or .jsonl.gz file" if source.path.is_dir() else "holds no sample"
-            self._problems.add(Problem(source.uri, 0, "the source", seen, "at least one sample"))
+                    hashes.extend([digest] * (len(documents) * source.copies))
+        if self.read == read and self._problems.broken == broken:
+            seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"
+            self._problems.add_broken(Problem(source.uri, 0, "the source", seen, "at least one sample"))
 
-    def _documents(
-        self, uri: str, batch: list[tuple[int, formats.Sample, formats.Format]]
-    ) -> Iterator[tuple[int, list[Encoded]]]:
-        """(line, its documents) of each good sample; the others become problems."""
-        encoded = self._encoder.encode([sample for _, sample, _ in batch])
-        for (line, _, _), found in zip(batch, encoded, strict=True):
-            if isinstance(found, SampleError):
-                self._problems.extend(found.at(uri, line))
-            elif documents := self._fit(found, uri, line):
-                yield line, documents
-
-    def _samples(
-        self, uri: str, path: Path, form: formats.Format | None
-    ) -> Iterator[tuple[int, formats.Sample, formats.Format]]:
-        """(line, sample, format) of each good line; the others become problems."""
+    def _work(self, uri: str, path: Path, form: formats.Format | None, source: Source) -> Iterator[Done]:
+        """What became of each batch of a file, in order, counted."""
         line = 0
         try:
-            for line, content in read_lines(path):
-                self._read += 1
-                try:
-                    value = parse(content)
-                    form = form or formats.detect(value)
-                    self._ignored.update(formats.ignored(value, form))
-                    yield line, formats.read(value, form), form
-                except SampleError as error:
-                    self._problems.extend(error.at(uri, line))
+            for batch in batches(path, form, source.fields):
+                line = batch.records[-1][0]
+                self.read += len(batch.records)
+                done = self._worker(batch)
+                self._count(done, uri)
+                yield done
         except SampleError as error:  # the file itself is broken after this line
-            self._read += 1
-            self._problems.extend(error.at(uri, line + 1))
+            for problem in error.at(uri, line + 1):
+                self._problems.add_broken(problem)
 
-    def _fit(self, documents: list[Encoded], uri: str, line: int) -> list[Encoded]:
-        """Those that are short enough, and what is left of those that are not."""
-        fitting = []
-        for document in documents:
-            self._summary.longest = max(self._summary.longest, min(len(document.ids), self._limits.longest))
-            if len(document.ids) <= self._limits.longest:
-                fitting.append(document)
-            elif self._limits.on_too_long == "Error":
-                self._problems.add(self._too_long(document, uri, line))
-            elif self._limits.on_too_long == "Truncate" and (cut := _truncate(document, self._limits.longest)):
-                self._summary.truncated += 1
-                fitting.append(cut)
-            else:
-                self._summary.skipped += 1
-        return fitting
-
-    def _too_long(self, document: Encoded, uri: str, line: int) -> Problem:
-        return Problem(
-            uri,
-            line,
-            "the sample",
-            f"has {len(document.ids)} tokens",
-            f"at most {self._limits.longest} (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
-            "or set spec.datasets.onTooLong to Truncate or Skip)",
-        )
-
-    def _say(self, uri: str) -> None:
+    def _count(self, done: Done, uri: str) -> None:
+        for line, error in done.bad:
+            self._problems.add_sample(error, uri, line)
+        self._ignored.update(done.ignored)
+        self._summary.longest = max(self._summary.longest, done.longest)
+        self._summary.truncated += done.truncated
+        self._summary.skipped += done.skipped
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()
-            log.info("tokenized %d samples, now in %s", self._read, uri)
-
-
-def _truncate(document: Encoded, longest: int) -> Encoded | None:
-    """The beginning; None if nothing of it is learnt."""
-    weights = document.weights[:longest]
-    return Encoded(document.ids[:longest], weights) if any(weights) else None
-
-
-def _hash(documents: list[Encoded]) -> int:
-    digest = hashlib.blake2b(digest_size=8)
-    for document in documents:
-        digest.update(array("i", document.ids).tobytes() + bytes(bool(weight) for weight in document.weights) + b"|")
-    return int.from_bytes(digest.digest(), "little")
+            log.info("tokenized %d samples, now in %s", self.read, uri)
 
 
 def _hold_out(folder: Path, hashes: NDArray[np.uint64], fraction: float) -> dict[str, NDArray[np.uint64]]:

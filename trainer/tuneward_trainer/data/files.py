@@ -1,4 +1,4 @@
-"""Lines of .jsonl and .jsonl.gz as people really have them.
+"""Lines of .jsonl, .jsonl.gz and .jsonl.zst, and rows of .parquet, as people really have them.
 
 Byte order marks, CRLF, blank lines, a missing last newline, several gzip members and bytes after the last one are read
 without a word. Lines end at \\n only: U+2028 and U+0085 are ordinary characters inside a JSON string.
@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, Final
 
+from tuneward_trainer.data import tables
 from tuneward_trainer.data.problems import SampleError
 
-ENDINGS: Final = (".jsonl", ".jsonl.gz")
+ENDINGS: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LONGEST_LINE: Final = 1 << 26
 """Bytes. A longer line is a file of another kind."""
 _CHUNK: Final = 1 << 20
@@ -30,6 +31,16 @@ def data_files(path: Path) -> list[Path]:
     return [path]
 
 
+def read(path: Path) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """(number from 1, line or row) of each sample; what the file is, its first bytes say.
+
+    Raises SampleError where the file itself is broken.
+    """
+    with path.open("rb") as file:
+        is_table = file.read(len(tables.PARQUET)) == tables.PARQUET
+    return tables.read_rows(path) if is_table else read_lines(path)
+
+
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(number from 1, bytes) of each line that is not blank. Raises SampleError where the file itself is broken."""
     number = 0
@@ -39,8 +50,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             yield number, line
 
 
-def parse(line: bytes) -> dict[str, Any]:
-    """One line's object. Raises SampleError."""
+def parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
+    """One line's object; a table's row is one already. Raises SampleError."""
+    if isinstance(line, dict):
+        return line
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:
         raise SampleError("", "is UTF-16 or UTF-32", f"{_JSONL}; convert with: iconv -f UTF-16 -t UTF-8")
     try:
@@ -70,13 +83,15 @@ def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
 
 def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
-        if file.read(2) == _GZIP:
-            file.seek(0)
-            yield from _gunzip(file)
-            return
+        magic = file.read(4)
         file.seek(0)
-        while chunk := file.read(_CHUNK):
-            yield chunk
+        if magic == tables.ZSTD:
+            yield from tables.unzstd(path)
+        elif magic.startswith(_GZIP):
+            yield from _gunzip(file)
+        else:
+            while chunk := file.read(_CHUNK):
+                yield chunk
 
 
 def _gunzip(file: IO[bytes]) -> Iterator[bytes]:

@@ -6,51 +6,83 @@ Here stands what is true for every model; what the model's chat template does wi
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
+from tuneward_api.finetunejob import DataFormat
+from tuneward_trainer.data.messages import Weighed, read_message, read_messages, text_of, tools_of
 from tuneward_trainer.data.problems import SampleError, show
 
-Format: TypeAlias = Literal["Messages", "PromptCompletion", "Text"]
+Format: TypeAlias = DataFormat
 
-ROLES: Final = ("system", "developer", "user", "assistant", "tool")
-MESSAGE_FIELDS: Final = (
-    "role",
-    "content",
-    "weight",
-    "name",
-    "tool_calls",
-    "tool_call_id",
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)
-FIELDS: Final[dict[Format, tuple[str, ...]]] = {
-    "Messages": ("messages", "tools"),
-    "PromptCompletion": ("prompt", "completion", "tools"),
-    "Text": ("text",),
+
+class Fields(NamedTuple):
+    """What a sample of a format must have, and what it may have."""
+
+    needed: tuple[str, ...]
+    allowed: tuple[str, ...] = ()
+
+
+FORMATS: Final[dict[Format, Fields]] = {
+    "Messages": Fields(("messages",), ("tools",)),
+    "PromptCompletion": Fields(("prompt", "completion"), ("tools",)),
+    "Conversations": Fields(("conversations",), ("system", "tools")),
+    "Instruction": Fields(("instruction", "output"), ("input", "system")),
+    "Text": Fields(("text",)),
 }
+"""In the order of their recognition: Alpaca's files have a `text` beside the instruction, rendered for another model."""
 MEANT: Final = frozenset(
-    {"functions", "documents", "images", "videos", "audio", "chat_template_kwargs", "weight", "rejected"}
+    {
+        "functions",
+        "documents",
+        "images",
+        "videos",
+        "audio",
+        "chat_template_kwargs",
+        "weight",
+        "rejected",
+        "system",
+        "history",
+    }
 )
 """Fields beside a sample that somebody means to be learnt from, and that nothing here reads. Others are notes."""
-_TEXT: Final = "a text"
+SPEAKERS: Final = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "model": "assistant",
+    "assistant": "assistant",
+    "function_call": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's names of who speaks, and those of sets that were made after it."""
+_ENTRY: Final = {"role": "from", "content": "value"}
+_CALL: Final = '{"name": …, "arguments": …}, or its JSON text'
 
 
 @dataclass(frozen=True)
 class Chat:
     """`messages` as the chat template gets them; `weights` one a message: 1 learns it, 0 does not.
 
-    Only assistant turns have a weight that is not 0.
+    Only assistant turns have a weight that is not 0. `field` is the sample's field that holds the messages, `paths`
+    where each message stands if that is not in one list.
     """
 
     messages: list[dict[str, Any]]
     weights: list[int]
     tools: list[dict[str, Any]] | None = None
+    field: str = "messages"
     paths: tuple[str, ...] = ()
 
     def path(self, index: int) -> str:
-        return self.paths[index] if self.paths else f"messages[{index}]"
+        return self.paths[index] if self.paths else f"{self.field}[{index}]"
 
 
 @dataclass(frozen=True)
@@ -67,38 +99,52 @@ class Text:
 Sample: TypeAlias = Chat | PromptCompletion | Text
 
 
+def renamed(value: dict[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+    """The object with its columns under our names. A column that has one of ours by chance makes way."""
+    if not fields:
+        return value
+    taken = set(fields.values())
+    return {fields.get(key, key): item for key, item in value.items() if key in fields or key not in taken}
+
+
 def detect(value: dict[str, Any]) -> Format:
     """Told from the fields of the first sample. Raises SampleError."""
-    if "messages" in value:
-        return "Messages"
-    if "prompt" in value and "completion" in value:
-        return "PromptCompletion"
-    if "text" in value:
-        return "Text"
-    hint = "; for ShareGPT's conversations, rename from/value to role/content" if "conversations" in value else ""
-    raise SampleError("", f"has the fields {show(sorted(value))}", "messages, prompt and completion, or text" + hint)
+    for form, fields in FORMATS.items():
+        if all(key in value for key in fields.needed):
+            return form
+    allowed = "; ".join(" and ".join(fields.needed) for fields in FORMATS.values())
+    raise SampleError("", f"has the fields {show(sorted(value))}", f"{allowed}; or name yours in the dataset's `fields`")
 
 
 def read(value: dict[str, Any], form: Format) -> Sample:
     """Raises SampleError with the first thing that is wrong."""
-    for key in FIELDS[form]:
-        if key not in value and key != "tools":
+    needed, allowed = FORMATS[form]
+    for key in needed:
+        if key not in value:
             raise SampleError(key, "is missing", f"every sample of a source has the format of its first ({form})")
     for key in sorted(MEANT & value.keys()):
-        if value[key] is not None:
-            raise SampleError(key, "would not be learnt from", f"only {', '.join(FIELDS[form])}")
+        if key not in allowed and value[key] is not None:
+            raise SampleError(key, "would not be learnt from", f"only {', '.join(needed + allowed)}")
     if form == "Text":
-        return Text(_text(value["text"], "text"))
-    tools = _tools(value.get("tools"))
+        return Text(text_of(value["text"], "text"))
+    if form == "Instruction":
+        return _instruction(value)
+    tools = tools_of(value.get("tools"))
+    if form == "Conversations":
+        return _conversation(value, tools)
     if form == "Messages":
-        messages = _messages(value["messages"], "messages")
-        return Chat([message for message, _ in messages], [weight for _, weight in messages], tools)
+        return _chat(read_messages(value["messages"], "messages"), tools)
     return _prompt_completion(value["prompt"], value["completion"], tools)
 
 
 def ignored(value: dict[str, Any], form: Format) -> list[str]:
     """Fields beside the sample that are neither read nor refused: ids, sources, scores."""
-    return [key for key in value if key not in FIELDS[form] and key not in MEANT]
+    known = {*FORMATS[form].needed, *FORMATS[form].allowed, *MEANT}
+    return [key for key in value if key not in known]
+
+
+def _chat(messages: list[Weighed], tools: list[dict[str, Any]] | None, field: str = "messages", *paths: str) -> Chat:
+    return Chat([message for message, _ in messages], [weight for _, weight in messages], tools, field, paths)
 
 
 def _prompt_completion(prompt: Any, completion: Any, tools: list[dict[str, Any]] | None) -> Sample:
@@ -106,139 +152,68 @@ def _prompt_completion(prompt: Any, completion: Any, tools: list[dict[str, Any]]
     if not isinstance(prompt, list):
         if tools:
             raise SampleError("tools", "would not be learnt from", "tools belong to messages")
-        return PromptCompletion(_text(prompt, "prompt", empty=True), _text(completion, "completion"))
-    before, after = _messages(prompt, "prompt"), _messages(completion, "completion")
-    return Chat(
-        [message for message, _ in before + after],
-        [0] * len(before) + [weight for _, weight in after],
-        tools,
-        tuple(f"prompt[{i}]" for i in range(len(before))) + tuple(f"completion[{i}]" for i in range(len(after))),
-    )
+        return PromptCompletion(text_of(prompt, "prompt", empty=True), text_of(completion, "completion"))
+    before, after = read_messages(prompt, "prompt"), read_messages(completion, "completion")
+    paths = [f"prompt[{i}]" for i in range(len(before))] + [f"completion[{i}]" for i in range(len(after))]
+    return _chat([(message, 0) for message, _ in before] + after, tools, "completion", *paths)
 
 
-def _messages(value: Any, path: str) -> list[tuple[dict[str, Any], int]]:
-    if not isinstance(value, list) or not value:
-        raise SampleError(path, f"is {show(value)}", "a list of at least one message")
-    messages, errors = [], []
-    for index, message in enumerate(value):
-        try:
-            messages.append(_message(message, f"{path}[{index}]"))
-        except SampleError as error:
-            errors.append(error)
-    if errors:
-        raise SampleError.of(errors)
-    return messages
+def _instruction(value: dict[str, Any]) -> Chat:
+    """Alpaca's: a user turn of the instruction and, below an empty line, its input; and the answer."""
+    asked = text_of(value["instruction"], "instruction")
+    given = text_of(value.get("input") or "", "input", empty=True)
+    turns = [
+        ("system", text_of(value.get("system") or "", "system", empty=True)),
+        ("instruction", f"{asked}\n\n{given}" if given.strip() else asked),
+        ("output", text_of(value["output"], "output")),
+    ]
+    roles = {"system": "system", "instruction": "user", "output": "assistant"}
+    messages = [({"role": roles[path], "content": content}, int(path == "output")) for path, content in turns if content]
+    return _chat(messages, None, "output", *[path for path, content in turns if content])
 
 
-def _message(value: Any, path: str) -> tuple[dict[str, Any], int]:
-    """A message without nulls (which tables write for absent fields) and its weight."""
+def _conversation(value: dict[str, Any], tools: list[dict[str, Any]] | None) -> Chat:
+    """ShareGPT's `from` and `value`. Entries that have role and content are messages by another name."""
+    system = text_of(value.get("system") or "", "system", empty=True)
+    found = read_messages(value["conversations"], "conversations", _entry)
+    if not system:
+        return _chat(found, tools, "conversations")
+    paths = [f"conversations[{index}]" for index in range(len(found))]
+    return _chat([({"role": "system", "content": system}, 0), *found], tools, "conversations", "system", *paths)
+
+
+def _entry(value: Any, path: str) -> Weighed:
     if not isinstance(value, dict):
-        raise SampleError(path, f"is {show(value)}", "an object with role and content")
-    for key in value:
-        if key not in MESSAGE_FIELDS and value[key] is not None:
-            raise SampleError(f"{path}.{key}", "is a field that no template reads", ", ".join(MESSAGE_FIELDS))
-    role = value.get("role")
-    if role not in ROLES:
-        raise SampleError(f"{path}.role", f"is {show(role)}" if "role" in value else "is missing", ", ".join(ROLES))
-    weight = _weight(value, path, role)
-    message = {key: item for key, item in value.items() if item is not None and key != "weight"}
-    calls = _calls(message.get("tool_calls"), f"{path}.tool_calls")
-    if calls and role != "assistant":
-        raise SampleError(f"{path}.tool_calls", f"belongs to a turn of {role}", "tool_calls of an assistant turn")
-    message["content"] = _content(value.get("content"), f"{path}.content", "content" in value, role, bool(calls), weight)
-    if calls:
-        message["tool_calls"] = calls
-    else:
-        message.pop("tool_calls", None)
-    for key in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
-        if key in message:
-            _text(message[key], f"{path}.{key}", empty=True)
-    return message, weight
-
-
-def _weight(value: dict[str, Any], path: str, role: str) -> int:
-    weight = value.get("weight")
-    if weight is None:
-        return int(role == "assistant")
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise SampleError(f"{path}.weight", f"is {show(weight)}", "0 or 1")
-    if weight and role != "assistant":
-        raise SampleError(f"{path}.weight", f"is {show(weight)} on a turn of {role}", "1 on assistant turns only")
-    return int(weight)
-
-
-def _content(value: Any, path: str, present: bool, role: str, calls: bool, weight: int) -> str:
-    """The message's text. A list of text parts is joined as engines join it."""
-    if value is None and calls:
-        return ""
-    if not present:
-        raise SampleError(path, "is missing", _TEXT)
-    if isinstance(value, list):
-        value = "\n".join(_part(part, f"{path}[{index}]") for index, part in enumerate(value))
-    text = _text(value, path, empty=True)
-    if role == "assistant" and weight and not calls and not text.strip():
-        raise SampleError(path, f"is {show(text)}: the model would learn to say nothing", "a text, or weight 0")
-    return text
-
-
-def _part(value: Any, path: str) -> str:
-    if not isinstance(value, dict) or value.get("type") != "text":
-        kind = value.get("type") if isinstance(value, dict) else value
-        raise SampleError(
-            path, f"is a part of type {show(kind)}", 'parts of type "text"; images and sound are not learnt from'
-        )
-    return _text(value.get("text"), f"{path}.text", empty=True)
-
-
-def _text(value: Any, path: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise SampleError(path, f"is {show(value)}", _TEXT)
-    if not empty and not value:
-        raise SampleError(path, "is empty", _TEXT)
+        raise SampleError(path, f"is {show(value)}", "an object with from and value")
+    if "from" not in value:
+        if "role" in value:
+            return read_message(value, path)
+        raise SampleError(f"{path}.from", "is missing", ", ".join(SPEAKERS))
+    speaker = value["from"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        raise SampleError(f"{path}.from", f"is {show(speaker)}", ", ".join(SPEAKERS))
+    for key in ("role", "content"):
+        if value.get(key) is not None:
+            raise SampleError(f"{path}.{key}", f"stands beside {_ENTRY[key]}", "one of both")
+    own = {"from": "role", "value": "content"}
+    message = {own.get(key, key): item for key, item in value.items() if key not in own.values()}
+    message["role"] = SPEAKERS[speaker]
+    if speaker == "function_call":
+        message |= {"content": None, "tool_calls": _function_calls(value.get("value"), f"{path}.value")}
     try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise SampleError(
-            path, f"holds half a character at {error.start + 1} (a lone surrogate)", "whole characters"
-        ) from error
-    return value
+        return read_message(message, path)
+    except SampleError as error:
+        raise error.called(_ENTRY) from error
 
 
-def _calls(value: Any, path: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as an object: engines parse OpenAI's JSON text before they render, so do we."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise SampleError(path, f"is {show(value)}", "a list of calls")
-    return [_call(call, f"{path}[{index}]") for index, call in enumerate(value)]
-
-
-def _call(value: Any, path: str) -> dict[str, Any]:
-    function = value.get("function") if isinstance(value, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise SampleError(path, f"is {show(value)}", '{"type": "function", "function": {"name": …, "arguments": …}}')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise SampleError(
-                f"{path}.function.arguments", f"is no JSON ({error})", "an object, or its JSON text"
-            ) from error
-    if arguments is not None and not isinstance(arguments, dict):
-        raise SampleError(f"{path}.function.arguments", f"is {show(arguments)}", "an object, or its JSON text")
-    return {**value, "function": {**function, "arguments": arguments or {}}}
-
-
-def _tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools may be given as a JSON text: tables have no column of changing shape."""
+def _function_calls(value: Any, path: str) -> list[dict[str, Any]]:
+    """The calls that stand in a turn of function_call."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
         except ValueError as error:
-            raise SampleError("tools", f"is no JSON ({error})", "a list of tools, or its JSON text") from error
-    if value in (None, []):
-        return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise SampleError("tools", f"is {show(value)}", "a list of tools, or its JSON text")
-    return value
+            raise SampleError(path, f"is no JSON ({error})", _CALL) from error
+    calls = value if isinstance(value, list) else [value]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise SampleError(path, f"is {show(value)}", _CALL)
+    return [{"type": "function", "function": call} for call in calls]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -44,6 +46,11 @@ class SampleError(Exception):
         own = Problem(file, line, self.path, self.seen, self.allowed)
         return [own] + [problem for error in self.more for problem in error.at(file, line)]
 
+    def called(self, names: Mapping[str, str], *, first: bool = False) -> SampleError:
+        """The same in the words of the data: `names` maps names in the path, or only its `first`, to theirs."""
+        path = re.sub(r"[^.\[\]]+", lambda name: names.get(name[0], name[0]), self.path, count=int(first))
+        return SampleError(path, self.seen, self.allowed, [error.called(names, first=first) for error in self.more])
+
     @classmethod
     def of(cls, errors: Sequence[SampleError]) -> SampleError:
         """One error that stands for all of them."""
@@ -53,15 +60,33 @@ class SampleError(Exception):
 
 @dataclass
 class Problems:
-    """Collects; keeps the first 10,000 word for word and counts the rest."""
+    """Collects; keeps the first 10,000 word for word and counts the rest.
+
+    `bad`: lines of bad samples, by file. `broken`: problems of a whole file or source, which no sample stands for.
+    """
 
     kept: list[Problem] = field(default_factory=list)
     count: int = 0
+    bad: dict[str, array[int]] = field(default_factory=dict)
+    broken: int = 0
 
     def add(self, problem: Problem) -> None:
         self.count += 1
         if len(self.kept) < KEPT:
             self.kept.append(problem)
+
+    def add_broken(self, problem: Problem) -> None:
+        """A problem that leaving out a sample would not cure."""
+        self.broken += 1
+        self.add(problem)
+
+    def add_sample(self, error: SampleError, file: str, line: int) -> None:
+        """All that is wrong with the sample at `line`."""
+        self.bad.setdefault(file, array("q")).append(line)
+        self.extend(error.at(file, line))
+
+    def bad_samples(self) -> int:
+        return sum(len(lines) for lines in self.bad.values())
 
     def extend(self, problems: Iterable[Problem]) -> None:
         for problem in problems:

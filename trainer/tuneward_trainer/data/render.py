@@ -104,6 +104,7 @@ def _as_chat(sample: PromptCompletion) -> Chat:
     return Chat(
         [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}],
         [0, 1],
+        field="completion",
         paths=("prompt", "completion"),
     )
 

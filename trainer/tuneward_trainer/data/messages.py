@@ -1,0 +1,156 @@
+"""One message of a conversation, as OpenAI's and mistral-finetune's files have it: what a chat template can render."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, Final, TypeAlias
+
+from tuneward_trainer.data.problems import SampleError, show
+
+Weighed: TypeAlias = tuple[dict[str, Any], int]
+"""A message as the chat template gets it, and its weight: 1 learns it, 0 does not."""
+
+ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+FIELDS: Final = (
+    "role",
+    "content",
+    "weight",
+    "name",
+    "tool_calls",
+    "tool_call_id",
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)
+_TEXT: Final = "a text"
+
+
+def read_messages(value: Any, path: str, read: Callable[[Any, str], Weighed] | None = None) -> list[Weighed]:
+    """`read` reads one entry. Raises SampleError with what is wrong with each."""
+    if not isinstance(value, list) or not value:
+        raise SampleError(path, f"is {show(value)}", "a list of at least one message")
+    messages, errors = [], []
+    for index, message in enumerate(value):
+        try:
+            messages.append((read or read_message)(message, f"{path}[{index}]"))
+        except SampleError as error:
+            errors.append(error)
+    if errors:
+        raise SampleError.of(errors)
+    return messages
+
+
+def read_message(value: Any, path: str) -> Weighed:
+    """A message without nulls (which tables write for absent fields) and its weight. Raises SampleError."""
+    if not isinstance(value, dict):
+        raise SampleError(path, f"is {show(value)}", "an object with role and content")
+    for key in value:
+        if key not in FIELDS and value[key] is not None:
+            raise SampleError(f"{path}.{key}", "is a field that no template reads", ", ".join(FIELDS))
+    role = value.get("role")
+    if role not in ROLES:
+        raise SampleError(f"{path}.role", f"is {show(role)}" if "role" in value else "is missing", ", ".join(ROLES))
+    weight = _weight(value, path, role)
+    message = {key: item for key, item in value.items() if item is not None and key != "weight"}
+    calls = _calls(message.get("tool_calls"), f"{path}.tool_calls")
+    if calls and role != "assistant":
+        raise SampleError(f"{path}.tool_calls", f"belongs to a turn of {role}", "tool_calls of an assistant turn")
+    message["content"] = _content(value.get("content"), f"{path}.content", "content" in value, role, bool(calls), weight)
+    if calls:
+        message["tool_calls"] = calls
+    else:
+        message.pop("tool_calls", None)
+    for key in ("name", "tool_call_id", "reasoning_content", "reasoning", "thinking"):
+        if key in message:
+            text_of(message[key], f"{path}.{key}", empty=True)
+    return message, weight
+
+
+def _weight(value: dict[str, Any], path: str, role: str) -> int:
+    weight = value.get("weight")
+    if weight is None:
+        return int(role == "assistant")
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise SampleError(f"{path}.weight", f"is {show(weight)}", "0 or 1")
+    if weight and role != "assistant":
+        raise SampleError(f"{path}.weight", f"is {show(weight)} on a turn of {role}", "1 on assistant turns only")
+    return int(weight)
+
+
+def _content(value: Any, path: str, present: bool, role: str, calls: bool, weight: int) -> str:
+    """The message's text. A list of text parts is joined as engines join it."""
+    if value is None and calls:
+        return ""
+    if not present:
+        raise SampleError(path, "is missing", _TEXT)
+    if isinstance(value, list):
+        value = "\n".join(_part(part, f"{path}[{index}]") for index, part in enumerate(value))
+    text = text_of(value, path, empty=True)
+    if role == "assistant" and weight and not calls and not text.strip():
+        raise SampleError(path, f"is {show(text)}: the model would learn to say nothing", "a text, or weight 0")
+    return text
+
+
+def _part(value: Any, path: str) -> str:
+    if not isinstance(value, dict) or value.get("type") != "text":
+        kind = value.get("type") if isinstance(value, dict) else value
+        raise SampleError(
+            path, f"is a part of type {show(kind)}", 'parts of type "text"; images and sound are not learnt from'
+        )
+    return text_of(value.get("text"), f"{path}.text", empty=True)
+
+
+def text_of(value: Any, path: str, *, empty: bool = False) -> str:
+    """Raises SampleError where it is no text, or empty and must not be."""
+    if not isinstance(value, str):
+        raise SampleError(path, f"is {show(value)}", _TEXT)
+    if not empty and not value:
+        raise SampleError(path, "is empty", _TEXT)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise SampleError(
+            path, f"holds half a character at {error.start + 1} (a lone surrogate)", "whole characters"
+        ) from error
+    return value
+
+
+def _calls(value: Any, path: str) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as an object: engines parse OpenAI's JSON text before they render, so do we."""
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise SampleError(path, f"is {show(value)}", "a list of calls")
+    return [_call(call, f"{path}[{index}]") for index, call in enumerate(value)]
+
+
+def _call(value: Any, path: str) -> dict[str, Any]:
+    function = value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise SampleError(path, f"is {show(value)}", '{"type": "function", "function": {"name": …, "arguments": …}}')
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise SampleError(
+                f"{path}.function.arguments", f"is no JSON ({error})", "an object, or its JSON text"
+            ) from error
+    if arguments is not None and not isinstance(arguments, dict):
+        raise SampleError(f"{path}.function.arguments", f"is {show(arguments)}", "an object, or its JSON text")
+    return {**value, "function": {**function, "arguments": arguments or {}}}
+
+
+def tools_of(value: Any) -> list[dict[str, Any]] | None:
+    """Tools may be given as a JSON text: tables have no column of changing shape."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise SampleError("tools", f"is no JSON ({error})", "a list of tools, or its JSON text") from error
+    if value in (None, []):
+        return None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise SampleError("tools", f"is {show(value)}", "a list of tools, or its JSON text")
+    return value

@@ -1,0 +1,186 @@
+"""Batches of lines -> documents: what every sample goes through, in whatever process.
+
+A batch carries what its lines need, and what comes back holds no reference to it: build.py hands batches to as many
+workers as it likes and writes what they return in the order of the files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal, TypeAlias
+
+from tuneward_trainer.data import formats
+from tuneward_trainer.data.encode import Encoded, Encoder
+from tuneward_trainer.data.files import data_files, parse, read
+from tuneward_trainer.data.problems import SampleError
+
+OnTooLong: TypeAlias = Literal["Error", "Truncate", "Skip"]
+Record: TypeAlias = tuple[int, bytes | dict[str, Any]]
+"""(line or row from 1, what stands there)."""
+_RECORDS: Final = 512
+_BYTES: Final = 1 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of spec.datasets: `path` is the file or folder that `uri` names; `fields` its columns' names to ours."""
+
+    uri: str
+    path: Path
+    format: formats.Format | None = None
+    copies: int = 1
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def files(self) -> list[tuple[str, Path]]:
+        """(address, path) of each file."""
+        if not self.path.is_dir():
+            return [(self.uri, self.path)]
+        return [(f"{self.uri.rstrip('/')}/{file.name}", file) for file in data_files(self.path)]
+
+    def detected(self) -> formats.Format | None:
+        """Its format: the one that was asked for, or that of the first sample that has one."""
+        if self.format is not None:
+            return self.format
+        for _, path in self.files():
+            try:
+                for _, content in read(path):
+                    try:
+                        return formats.detect(formats.renamed(parse(content), self.fields))
+                    except SampleError:
+                        continue
+            except SampleError:
+                continue
+        return None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`longest`: tokens of a sample; `fraction`: share of the training samples to hold out; `invalid`: share of all
+    samples, in percent, that may be left out as invalid."""
+
+    longest: int
+    on_too_long: OnTooLong = "Error"
+    fraction: float = 0.0
+    invalid: float = 0.0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some lines of one file, in order."""
+
+    records: list[Record]
+    format: formats.Format | None
+    fields: Mapping[str, str]
+
+
+@dataclass
+class Done:
+    """What became of a batch: `good` is (line, documents, hash of the whole sample), `bad` (line, what is wrong)."""
+
+    good: list[tuple[int, list[Encoded], int]] = field(default_factory=list)
+    bad: list[tuple[int, SampleError]] = field(default_factory=list)
+    ignored: Counter[str] = field(default_factory=Counter)
+    longest: int = 0
+    truncated: int = 0
+    skipped: int = 0
+
+
+def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str]) -> Iterator[Batch]:
+    """A file in pieces of some hundred lines or a megabyte. Raises SampleError where the file itself is broken, after
+    all that stands before."""
+    records: list[Record] = []
+    size = 0
+    try:
+        for line, content in read(path):
+            records.append((line, content))
+            size += len(content) if isinstance(content, bytes) else 0
+            if len(records) == _RECORDS or size > _BYTES:
+                yield Batch(records, form, fields)
+                records, size = [], 0
+    except SampleError:
+        if records:
+            yield Batch(records, form, fields)
+        raise
+    if records:
+        yield Batch(records, form, fields)
+
+
+class Worker:
+    """Reads, renders and tokenizes one batch after the other."""
+
+    def __init__(self, encoder: Encoder, limits: Limits) -> None:
+        self._encoder = encoder
+        self._limits = limits
+
+    def __call__(self, batch: Batch) -> Done:
+        done = Done()
+        samples = list(self._samples(batch, done))
+        encoded = self._encoder.encode([sample for _, sample in samples])
+        for (line, _), found in zip(samples, encoded, strict=True):
+            try:
+                if isinstance(found, SampleError):
+                    raise found
+                if documents := self._fit(found, done):
+                    done.good.append((line, documents, _hash(documents)))
+            except SampleError as error:
+                done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
+        return done
+
+    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Sample]]:
+        for line, content in batch.records:
+            try:
+                value = formats.renamed(parse(content), batch.fields)
+                form = batch.format or formats.detect(value)
+                done.ignored.update(formats.ignored(value, form))
+                yield line, formats.read(value, form)
+            except SampleError as error:
+                done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
+
+    def _fit(self, documents: list[Encoded], done: Done) -> list[Encoded]:
+        """Those that are short enough, and what is left of those that are not. Raises SampleError."""
+        limits, fitting, errors = self._limits, [], []
+        for document in documents:
+            done.longest = max(done.longest, min(len(document.ids), limits.longest))
+            if len(document.ids) <= limits.longest:
+                fitting.append(document)
+            elif limits.on_too_long == "Error":
+                errors.append(_too_long(document, limits))
+            elif limits.on_too_long == "Truncate" and (cut := _truncate(document, limits.longest)):
+                done.truncated += 1
+                fitting.append(cut)
+            else:
+                done.skipped += 1
+        if errors:
+            raise SampleError.of(errors)
+        return fitting
+
+
+def _inverse(fields: Mapping[str, str]) -> dict[str, str]:
+    return {ours: theirs for theirs, ours in fields.items()}
+
+
+def _too_long(document: Encoded, limits: Limits) -> SampleError:
+    return SampleError(
+        "the sample",
+        f"has {len(document.ids)} tokens",
+        f"at most {limits.longest} (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
+        "or set spec.datasets.onTooLong to Truncate or Skip)",
+    )
+
+
+def _truncate(document: Encoded, longest: int) -> Encoded | None:
+    """The beginning; None if nothing of it is learnt."""
+    weights = document.weights[:longest]
+    return Encoded(document.ids[:longest], weights) if any(weights) else None
+
+
+def _hash(documents: list[Encoded]) -> int:
+    digest = hashlib.blake2b(digest_size=8)
+    for document in documents:
+        digest.update(array("i", document.ids).tobytes() + bytes(bool(weight) for weight in document.weights) + b"|")
+    return int.from_bytes(digest.digest(), "little")
