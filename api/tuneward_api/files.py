@@ -31,6 +31,7 @@ from tuneward_api.finetunejob import (
     ResolvedPacking,
 )
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
+from tuneward_api.objective import SUPERVISED, ResolvedObjective
 
 
 class JobRef(Record):
@@ -89,6 +90,7 @@ class Prepared(Record):
 
     base: Base
     data: Data
+    objective: ResolvedObjective = SUPERVISED
     method: ResolvedMethod
     hyperparameters: ResolvedHyperparameters
     packing: ResolvedPacking

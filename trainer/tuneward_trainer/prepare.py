@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
 ERRORS: Final = "errors.txt"
-_CACHE_VERSION: Final = 1
+_CACHE_VERSION: Final = 2
 """Raised when the same bytes would give other tokens or masks."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
@@ -94,6 +94,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     found = models.find(spec.model.uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
     facts = examine(found.folder)
     longest = defaults.longest_sample(hyper, facts)
+    objective = defaults.objective(spec)
     method = defaults.method(spec.method or Method(), facts)
     packing = verify(found)
     tokenizer = load_tokenizer(found.folder)
@@ -107,10 +108,12 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         summary=summary,
         facts=facts,
         longest=longest,
+        objective=objective,
     )
     return Prepared(
         base=base_of(found, facts, tokenizer),
         data=Data(sub_path=cache.sub_path, summary=_resolved(cache.digest, summary)),
+        objective=objective,
         method=method,
         hyperparameters=numbers,
         packing=packing,
@@ -141,6 +144,9 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
         tokens=summary.tokens,
         target_tokens=summary.target_tokens,
         validation_samples=summary.validation_samples,
+        split=summary.split or None,
+        truncated=summary.truncated or None,
+        skipped=summary.skipped or None,
     )
 
 
@@ -176,7 +182,7 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     datasets = request.spec.datasets
     training = sources(datasets.training, "training", places, request.store_claim)
     validation = sources(datasets.validation or [], "validation", places, request.store_claim)
-    limits = Limits(inputs.longest, datasets.on_too_long or "Error", datasets.validation_fraction or 0.0)
+    limits = defaults.limits(request.spec, inputs.longest)
     key = cache_key(training, validation, datasets, limits, inputs)
     sub_path = f"data/sha256-{key}"
     target = places.store / sub_path
@@ -268,8 +274,10 @@ def _identity(source: Source) -> list[Any]:
 def sentence(prepared: Prepared) -> str:
     """What was found, in one line."""
     data, numbers, method = prepared.data.summary, prepared.hyperparameters, prepared.method
+    fates = {"split": data.split, "cut at their end": data.truncated, "left out": data.skipped}
+    too_long = ", ".join(f"{count} too long and {fate}" for fate, count in fates.items() if count)
     return (
-        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); "
+        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); {too_long}{'; ' if too_long else ''}"
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
-        f"LoRA of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
+        f"{method.type} of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
     )

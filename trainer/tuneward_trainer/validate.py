@@ -87,7 +87,7 @@ def _of_request(file: Path) -> Wanted:
         training=sources(datasets.training, "training", places, claim),
         validation=sources(datasets.validation or [], "validation", places, claim),
         loss_on=datasets.loss_on or "Assistant",
-        limits=Limits(longest, datasets.on_too_long or "Error", datasets.validation_fraction or 0.0),
+        limits=defaults.limits(spec, longest),
     )
 
 

@@ -15,12 +15,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneward_trainer.data import formats
+from tuneward_api.objective import ObjectiveType
+from tuneward_trainer.data import fit, formats
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
 from tuneward_trainer.data.encode import Encoded, Encoder
 from tuneward_trainer.data.files import data_files, parse, read_lines
@@ -29,7 +30,6 @@ from tuneward_trainer.packing import mix
 
 log = logging.getLogger(__name__)
 
-OnTooLong: TypeAlias = Literal["Error", "Truncate", "Skip"]
 SUMMARY: Final = "summary.json"
 _BATCH: Final = 512
 _SAY_EVERY: Final = 10.0
@@ -57,8 +57,9 @@ class Limits:
     """`longest`: tokens of a sample; `fraction`: share of the training samples to hold out."""
 
     longest: int
-    on_too_long: OnTooLong = "Error"
+    on_too_long: fit.OnTooLong = "Error"
     fraction: float = 0.0
+    objective: ObjectiveType = "SFT"
 
 
 @dataclass
@@ -73,6 +74,7 @@ class Summary:
     longest: int = 0
     duplicates: int = 0
     in_both: int = 0
+    split: int = 0
     truncated: int = 0
     skipped: int = 0
     ignored_fields: dict[str, int] = field(default_factory=dict)
@@ -82,6 +84,7 @@ class Summary:
         found = [
             (self.duplicates, "samples occur more than once"),
             (self.in_both, "validation samples are training samples too: the validation loss flatters"),
+            (self.split, "samples were split, as they are longer than sequenceLength"),
             (self.truncated, "samples were cut at their end"),
             (self.skipped, "samples were left out as too long"),
         ]
@@ -165,11 +168,12 @@ class _Tokenizer:
     ) -> Iterator[tuple[int, list[Encoded]]]:
         """(line, its documents) of each good sample; the others become problems."""
         encoded = self._encoder.encode([sample for _, sample, _ in batch])
-        for (line, _, _), found in zip(batch, encoded, strict=True):
-            if isinstance(found, SampleError):
-                self._problems.extend(found.at(uri, line))
-            elif documents := self._fit(found, uri, line):
-                yield line, documents
+        for (line, _, form), found in zip(batch, encoded, strict=True):
+            try:
+                if documents := self._fit(found, form):
+                    yield line, documents
+            except SampleError as error:
+                self._problems.extend(error.at(uri, line))
 
     def _samples(
         self, uri: str, path: Path, form: formats.Format | None
@@ -182,6 +186,7 @@ class _Tokenizer:
                 try:
                     value = parse(content)
                     form = form or formats.detect(value)
+                    fit.check_format(form, self._limits.objective)
                     self._ignored.update(formats.ignored(value, form))
                     yield line, formats.read(value, form), form
                 except SampleError as error:
@@ -190,42 +195,20 @@ class _Tokenizer:
             self._read += 1
             self._problems.extend(error.at(uri, line + 1))
 
-    def _fit(self, documents: list[Encoded], uri: str, line: int) -> list[Encoded]:
-        """Those that are short enough, and what is left of those that are not."""
-        fitting = []
-        for document in documents:
-            self._summary.longest = max(self._summary.longest, min(len(document.ids), self._limits.longest))
-            if len(document.ids) <= self._limits.longest:
-                fitting.append(document)
-            elif self._limits.on_too_long == "Error":
-                self._problems.add(self._too_long(document, uri, line))
-            elif self._limits.on_too_long == "Truncate" and (cut := _truncate(document, self._limits.longest)):
-                self._summary.truncated += 1
-                fitting.append(cut)
-            else:
-                self._summary.skipped += 1
-        return fitting
-
-    def _too_long(self, document: Encoded, uri: str, line: int) -> Problem:
-        return Problem(
-            uri,
-            line,
-            "the sample",
-            f"has {len(document.ids)} tokens",
-            f"at most {self._limits.longest} (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
-            "or set spec.datasets.onTooLong to Truncate or Skip)",
-        )
+    def _fit(self, found: list[Encoded] | SampleError, form: formats.Format) -> list[Encoded]:
+        """What is learnt of a sample that is short enough, or of what is left of it. Raises SampleError."""
+        if isinstance(found, SampleError):
+            raise found
+        self._summary.longest = max(self._summary.longest, *(min(len(one.ids), self._limits.longest) for one in found))
+        fitted = fit.fit(found, self._limits.longest, self._limits.on_too_long, form)
+        for what in fitted.done:
+            setattr(self._summary, what, getattr(self._summary, what) + 1)
+        return fitted.documents
 
     def _say(self, uri: str) -> None:
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()
             log.info("tokenized %d samples, now in %s", self._read, uri)
-
-
-def _truncate(document: Encoded, longest: int) -> Encoded | None:
-    """The beginning; None if nothing of it is learnt."""
-    weights = document.weights[:longest]
-    return Encoded(document.ids[:longest], weights) if any(weights) else None
 
 
 def _hash(documents: list[Encoded]) -> int:
