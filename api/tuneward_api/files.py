@@ -232,6 +232,7 @@ class FinishedAdapter(Record):
     sub_path: str = Field(description="Below the store's root: adapters/sha256-<hex>.")
     digest: str
     size: Int
+    type: Literal["LoRA", "DoRA"] = "LoRA"
     rank: Int
     alpha: float
     target_modules: list[str]

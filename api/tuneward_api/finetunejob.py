@@ -43,7 +43,11 @@ TARGET_RULE = Rule(
 class Method(Model):
     """How the model is adapted."""
 
-    type: Literal["LoRA"] | None = Field(None, description="LoRA (default).")
+    type: Literal["LoRA", "DoRA"] | None = Field(
+        None,
+        description="LoRA (default) learns a low-rank update of each layer; DoRA learns the length of each output's weights "
+        "too, and takes longer (vLLM cannot serve it, the embedded engine can).",
+    )
     rank: Int | None = Field(None, ge=1, le=512, description="Rank of the update. Default: 16.")
     alpha: float | None = Field(
         None, gt=0, le=4096, description="Scale of the update; it is multiplied by alpha/rank. Default: 32."
@@ -406,7 +410,7 @@ class ResolvedPacking(Model):
 class ResolvedMethod(Model):
     """The method with every default chosen."""
 
-    type: Literal["LoRA"] = Field(description="Kind of adapter.")
+    type: Literal["LoRA", "DoRA"] = Field(description="Kind of adapter.")
     rank: Int = Field(description="Rank.")
     alpha: float = Field(description="Scale.")
     dropout: float = Field(description="Dropout.")

@@ -114,7 +114,7 @@ CASES = [
         "spec",
         "leave datasets.lossOn out",
     ),
-    Bad("method", "spec.method.type", "QLoRA", "spec.method.type", "'LoRA'"),
+    Bad("method", "spec.method.type", "IA3", "spec.method.type", "'DoRA'"),
     Bad("rank zero", "spec.method.rank", 0, "spec.method.rank", "at least 1"),
     Bad("rank fraction", "spec.method.rank", 1.5, "spec.method.rank", "whole number"),
     Bad("rank huge", "spec.method.rank", 1000, "spec.method.rank", "at most 512"),

@@ -84,7 +84,7 @@ def longest_sample(hyper: Hyperparameters, facts: Facts) -> int:
 
 def method(asked: Method, facts: Facts) -> ResolvedMethod:
     """Raises EndError where targetModules names a layer that the model does not have."""
-    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, lora_parameters, target_linears
+    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, adapter_parameters, target_linears
 
     try:
         available = target_linears(facts.empty)
@@ -96,15 +96,15 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
     for target in targets:
         if not adapted_linears(facts.empty, [target]):
             raise config_bad(f"spec.method.targetModules holds {target!r}; allowed for this model: {', '.join(available)}")
-    rank = asked.rank or 16
+    kind, rank = asked.type or "LoRA", asked.rank or 16
     return ResolvedMethod(
-        type="LoRA",
+        type=kind,
         rank=rank,
         alpha=32.0 if asked.alpha is None else asked.alpha,
         dropout=asked.dropout or 0.0,
         rs_lora=bool(asked.rs_lora),
         target_modules=targets,
-        trainable_parameters=lora_parameters(facts.empty, targets, rank),
+        trainable_parameters=adapter_parameters(facts.empty, targets, rank, dora=kind == "DoRA"),
     )
 
 
