@@ -31,6 +31,7 @@ from tuneward_api.finetunejob import (
     ResolvedPacking,
 )
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
+from tuneward_api.objective import SUPERVISED, ResolvedObjective
 
 
 class JobRef(Record):
@@ -89,6 +90,7 @@ class Prepared(Record):
 
     base: Base
     data: Data
+    objective: ResolvedObjective = SUPERVISED
     method: ResolvedMethod
     hyperparameters: ResolvedHyperparameters
     packing: ResolvedPacking
@@ -230,6 +232,7 @@ class FinishedAdapter(Record):
     sub_path: str = Field(description="Below the store's root: adapters/sha256-<hex>.")
     digest: str
     size: Int
+    type: Literal["LoRA", "DoRA"] = "LoRA"
     rank: Int
     alpha: float
     target_modules: list[str]

@@ -46,6 +46,9 @@ class Artifact(Model):
 class Adapter(Model):
     """Shape of the adapter."""
 
+    type: Literal["LoRA", "DoRA"] | None = Field(
+        None, description="Kind of adapter. Default: LoRA. The embedded engine loads both, vLLM no DoRA."
+    )
     rank: Int = Field(ge=1, le=4096, description="Rank.")
     alpha: float = Field(gt=0, description="Scale.")
     target_modules: list[Annotated[str, Field(max_length=128)]] = Field(max_length=64, description="Adapted layers.")

@@ -9,6 +9,8 @@ from pydantic import Field
 from tuneward_api.base import Int, Model, Quantity, Rule, Ruled, Transition
 from tuneward_api.conditions import Condition, Phase
 from tuneward_api.names import MAX_JOB_NAME, fits_name
+from tuneward_api.objective import RULES as OBJECTIVE_RULES
+from tuneward_api.objective import SUPERVISED, Objective, ResolvedObjective
 from tuneward_api.uris import DataUri, ModelUri
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
@@ -41,7 +43,11 @@ TARGET_RULE = Rule(
 class Method(Model):
     """How the model is adapted."""
 
-    type: Literal["LoRA"] | None = Field(None, description="LoRA (default).")
+    type: Literal["LoRA", "DoRA"] | None = Field(
+        None,
+        description="LoRA (default) learns a low-rank update of each layer; DoRA learns the length of each output's weights "
+        "too, and takes longer (vLLM cannot serve it, the embedded engine can).",
+    )
     rank: Int | None = Field(None, ge=1, le=512, description="Rank of the update. Default: 16.")
     alpha: float | None = Field(
         None, gt=0, le=4096, description="Scale of the update; it is multiplied by alpha/rank. Default: 32."
@@ -107,10 +113,10 @@ class Datasets(Model):
     validation_fraction: float | None = Field(
         None, gt=0, le=0.5, description="Share of the training samples to hold out instead. Default: 0."
     )
-    on_too_long: Literal["Error", "Truncate", "Skip"] | None = Field(
+    on_too_long: Literal["Error", "Split", "Truncate", "Skip"] | None = Field(
         None,
         description="What happens to a sample longer than sequenceLength: Error (default) refuses the data, "
-        "Truncate cuts its end, Skip leaves it out.",
+        "Split (default of Pretraining) makes several of a Text sample, Truncate cuts its end, Skip leaves it out.",
     )
     loss_on: Literal["Assistant", "LastAssistant", "All"] | None = Field(
         None,
@@ -141,7 +147,7 @@ class Hyperparameters(Model):
         None,
         ge=1,
         le=1000,
-        description="Passes over the data. Default: 3 below 20,000 samples, 1 above 100,000, else 2.",
+        description="Passes over the data. Default: 3 below 20,000 samples, 1 above 100,000, else 2; 1 for Pretraining.",
     )
     steps: Int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
     learning_rate: float | None = Field(
@@ -154,7 +160,9 @@ class Hyperparameters(Model):
         None, description="After warm-up: Cosine (default) or Linear down to a tenth, or Constant."
     )
     warmup_fraction: float | None = Field(None, ge=0, lt=1, description="Share of the steps that warm up. Default: 0.05.")
-    weight_decay: float | None = Field(None, ge=0, le=1, description="AdamW's weight decay. Default: 0.")
+    weight_decay: float | None = Field(
+        None, ge=0, le=1, description="AdamW's weight decay. Default: 0; 0.1 for Pretraining."
+    )
     max_grad_norm: float | None = Field(None, gt=0, le=1000, description="Gradients are clipped to this norm. Default: 1.")
     sequence_length: Int | None = Field(
         None,
@@ -168,8 +176,8 @@ class Hyperparameters(Model):
         ge=16,
         le=16_777_216,
         description="Tokens an optimizer step, over all workers: the same result on 1 or 8. "
-        "Default: the power of two nearest (epochs x tokens)/200, between 4,096 and 131,072, but no more than a fifth "
-        "of all tokens.",
+        "Default: the power of two nearest (epochs x tokens)/200, between 4,096 and 131,072 (1,048,576 for Pretraining), "
+        "but no more than a fifth of all tokens.",
     )
     seed: Int | None = Field(
         None, ge=0, le=4_294_967_295, description="Seed of order, initialisation and dropout. Default: 0."
@@ -349,6 +357,7 @@ class FineTuneJobSpec(Model):
 
     model: ModelSource = Field(description="The base model.")
     datasets: Datasets = Field(description="Training and validation data.")
+    objective: Objective | None = Field(None, description="What is learnt of the samples. Default: SFT.")
     method: Method | None = Field(None, description="How the model is adapted. Default: LoRA of rank 16.")
     hyperparameters: Hyperparameters | None = Field(None, description="Numbers of the optimisation.")
     workers: Workers | None = Field(None, description="The pods that train. Default: one pod with one GPU.")
@@ -376,6 +385,7 @@ class FineTuneJobSpec(Model):
                 or s.datasets.validation_fraction is not None
             ),
         ),
+        *OBJECTIVE_RULES,
     )
     TRANSITIONS: ClassVar[tuple[Transition, ...]] = (
         *(
@@ -383,6 +393,7 @@ class FineTuneJobSpec(Model):
             for field in (
                 "model",
                 "datasets",
+                "objective",
                 "method",
                 "hyperparameters",
                 "workers",
@@ -417,7 +428,10 @@ class ResolvedData(Model):
     tokens: Int = Field(description="Training tokens of one epoch.", ge=0)
     target_tokens: Int = Field(description="Those that are learnt.", ge=0)
     validation_samples: Int = Field(0, description="Held-out samples.", ge=0)
-    skipped_samples: Int | None = Field(None, description="Samples left out as too long or invalid, if any.", ge=1)
+    split: Int | None = Field(None, description="Samples too long for a row that were split.", ge=0)
+    truncated: Int | None = Field(None, description="Samples too long for a row that were cut at their end.", ge=0)
+    skipped: Int | None = Field(None, description="Samples too long for a row that were left out.", ge=0)
+    invalid: Int | None = Field(None, description="Samples that were left out as invalid.", ge=0)
 
 
 class ResolvedPacking(Model):
@@ -433,7 +447,7 @@ class ResolvedPacking(Model):
 class ResolvedMethod(Model):
     """The method with every default chosen."""
 
-    type: Literal["LoRA"] = Field(description="Kind of adapter.")
+    type: Literal["LoRA", "DoRA"] = Field(description="Kind of adapter.")
     rank: Int = Field(description="Rank.")
     alpha: float = Field(description="Scale.")
     dropout: float = Field(description="Dropout.")
@@ -462,6 +476,7 @@ class Resolved(Model):
 
     base: ResolvedBase = Field(description="The base model, pinned.")
     data: ResolvedData = Field(description="The data.")
+    objective: ResolvedObjective = Field(SUPERVISED, description="What is learnt of the samples.")
     method: ResolvedMethod = Field(description="The method.")
     hyperparameters: ResolvedHyperparameters = Field(description="The numbers.")
     bins_per_micro_batch: Int = Field(description="Packed rows a forward pass.")

@@ -266,7 +266,12 @@ def finetuned_model(owner: Owner, plan: Plan, adapter: FinishedAdapter) -> Objec
                 "digest": adapter.digest,
                 "size": adapter.size,
             },
-            "adapter": {"rank": adapter.rank, "alpha": adapter.alpha, "targetModules": adapter.target_modules},
+            "adapter": {
+                "type": adapter.type,
+                "rank": adapter.rank,
+                "alpha": adapter.alpha,
+                "targetModules": adapter.target_modules,
+            },
             "metrics": metrics,
             "dataDigest": plan.prepared.data.summary.digest,
         },

@@ -145,6 +145,7 @@ def resolved_of(plan: Plan) -> Resolved:
             parameters=prepared.base.parameters,
         ),
         data=prepared.data.summary,
+        objective=prepared.objective,
         method=prepared.method,
         hyperparameters=prepared.hyperparameters,
         bins_per_micro_batch=prepared.bins_per_micro_batch,

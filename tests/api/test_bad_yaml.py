@@ -68,6 +68,7 @@ class Bad:
 
 
 REMOVE = object()
+PRETRAINING: dict[str, Any] = {"training": [{"uri": "pvc://data/text.jsonl", "format": "Text"}]}
 CASES = [
     Bad("no model", "spec.model", REMOVE, "spec.model", "required"),
     Bad("no model uri", "spec.model.uri", REMOVE, "spec.model.uri", "required"),
@@ -125,9 +126,18 @@ CASES = [
         "spec.datasets.validation[0].uri",
         "must be configmap://",
     ),
-    Bad("onTooLong", "spec.datasets.onTooLong", "Split", "spec.datasets.onTooLong", "'Truncate'"),
+    Bad("onTooLong", "spec.datasets.onTooLong", "Cut", "spec.datasets.onTooLong", "'Truncate'"),
     Bad("lossOn", "spec.datasets.lossOn", "User", "spec.datasets.lossOn", "'LastAssistant'"),
-    Bad("method", "spec.method.type", "QLoRA", "spec.method.type", "'LoRA'"),
+    Bad("objective", "spec.objective.type", "RLHF", "spec.objective.type", "'Pretraining'"),
+    Bad("chats to pretrain on", "spec.objective.type", "Pretraining", "spec", "learns Text samples"),
+    Bad(
+        "lossOn to pretrain with",
+        "spec",
+        {"model": {"uri": "pvc://a/b"}, "objective": {"type": "Pretraining"}, "datasets": PRETRAINING | {"lossOn": "All"}},
+        "spec",
+        "leave datasets.lossOn out",
+    ),
+    Bad("method", "spec.method.type", "IA3", "spec.method.type", "'DoRA'"),
     Bad("rank zero", "spec.method.rank", 0, "spec.method.rank", "at least 1"),
     Bad("rank fraction", "spec.method.rank", 1.5, "spec.method.rank", "whole number"),
     Bad("rank huge", "spec.method.rank", 1000, "spec.method.rank", "at most 512"),
@@ -278,6 +288,7 @@ def test_a_changed_spec_is_refused_with_the_way_out(
     for field, change in {
         "model": {"uri": "pvc://a/b"},
         "datasets": {"lossOn": "All"},
+        "objective": {"type": "SFT"},
         "method": {"rank": 8},
         "hyperparameters": {"seed": 4},
         "workers": {"replicas": 1},

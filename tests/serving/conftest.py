@@ -36,6 +36,11 @@ def other(adapters: Path, base_model: Path) -> WantedAdapter:
 
 
 @pytest.fixture(scope="session")
+def dora(adapters: Path, base_model: Path) -> WantedAdapter:
+    return make_adapter(adapters, base_model, name="ft:tiny-1.0:dora:20261125:00000003", seed=3, dora=True)
+
+
+@pytest.fixture(scope="session")
 def engine(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """One for the session: it takes 10 s to import torch. Tests leave no adapter behind."""
     limits = ["--max-adapters", str(MAX_ADAPTERS), "--max-rank", str(MAX_RANK)]

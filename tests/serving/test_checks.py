@@ -19,6 +19,7 @@ from tuneward_serving.agent.weights import Tensor, WeightsError, is_finite, is_z
 
 A, B = "base_model.model.m.q.lora_A.weight", "base_model.model.m.q.lora_B.weight"
 Arrays = dict[str, np.ndarray]
+LENGTH = "base_model.model.m.q.lora_magnitude_vector"
 LIMITS = Limits(max_adapters=4, max_rank=8)
 SHAPES = {"m.q.weight": (6, 4), "norm.weight": (4,)}
 
@@ -46,8 +47,14 @@ def shaped(down: tuple[int, ...], up: tuple[int, ...]) -> Arrays:
     return {A: np.ones(down, np.float32), B: np.ones(up, np.float32)}
 
 
+def lengths(size: int, name: str = LENGTH) -> Arrays:
+    return {name: np.ones(size, np.float32)}
+
+
 def test_an_adapter_that_fits_passes(tmp_path: Path) -> None:
     check_structure(write_adapter(tmp_path), SHAPES, LIMITS)
+    without_update = {A: np.ones((2, 4), np.float32), B: np.zeros((6, 2), np.float32)}
+    check_structure(write_adapter(tmp_path, without_update | lengths(6), use_dora=True), SHAPES, LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -69,6 +76,20 @@ def test_an_adapter_that_fits_passes(tmp_path: Path) -> None:
         (shaped((9, 4), (6, 9)), {}, Reason.RANK_TOO_LARGE, "rank 9 exceeds"),
         (None, {"r": "2"}, Reason.STRUCTURE_MISMATCH, "r is '2', must be a positive integer"),
         (None, {"peft_type": "IA3"}, Reason.STRUCTURE_MISMATCH, "describes no LoRA adapter"),
+        (shaped((2, 4), (6, 2)), {"use_dora": True}, Reason.STRUCTURE_MISMATCH, "m.q has no lora_magnitude_vector"),
+        (shaped((2, 4), (6, 2)) | lengths(6), {}, Reason.STRUCTURE_MISMATCH, "has a lora_magnitude_vector, but"),
+        (
+            shaped((2, 4), (6, 2)) | lengths(4),
+            {"use_dora": True},
+            Reason.STRUCTURE_MISMATCH,
+            "lora_magnitude_vector [4] does",
+        ),
+        (
+            shaped((2, 4), (6, 2)) | lengths(6) | lengths(6, LENGTH.replace("m.q", "m.x")),
+            {"use_dora": True},
+            Reason.STRUCTURE_MISMATCH,
+            "m.x has lora_magnitude_vector only",
+        ),
         ({A: np.full((2, 4), np.inf, np.float32), B: np.ones((6, 2), np.float32)}, {}, Reason.NOT_FINITE, "lora_A"),
         ({A: np.ones((2, 4), np.float32), B: np.zeros((6, 2), np.float32)}, {}, Reason.NO_EFFECT, "every lora_B is zero"),
     ],

@@ -29,9 +29,11 @@ def reference(base_model: Path) -> Reference:
 
 
 @pytest.fixture
-def loaded(engine: Engine, adapters: Path, good: WantedAdapter, other: WantedAdapter) -> Iterator[dict[str, Path]]:
-    """Name -> folder of two adapters that the engine holds."""
-    found = {wanted.name: adapters / wanted.path / "adapter" for wanted in (good, other)}
+def loaded(
+    engine: Engine, adapters: Path, good: WantedAdapter, other: WantedAdapter, dora: WantedAdapter
+) -> Iterator[dict[str, Path]]:
+    """Name -> folder of three adapters that the engine holds; one is a DoRA."""
+    found = {wanted.name: adapters / wanted.path / "adapter" for wanted in (good, other, dora)}
     for name, folder in found.items():
         assert engine.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}).is_success
     yield found

@@ -94,15 +94,24 @@ def _logprobs(model: torch.nn.Module, ids: list[int]) -> list[float]:
 
 
 def make_adapter(
-    adapters: Path, model: Path, *, name: str, seed: int = 1, rank: int = 4, edit: Edit | None = None
+    adapters: Path, model: Path, *, name: str, seed: int = 1, rank: int = 4, dora: bool = False, edit: Edit | None = None
 ) -> WantedAdapter:
     """A finished adapter as the trainer leaves it. `edit` changes its folder before it is sealed."""
     torch.manual_seed(seed)
     work = adapters / f".{name}.work"
     tuned = get_peft_model(
         AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
-        LoraConfig(r=rank, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False),
+        LoraConfig(
+            r=rank,
+            lora_alpha=8,
+            target_modules=["q_proj", "v_proj", "down_proj"],
+            init_lora_weights=False,
+            use_dora=dora,
+        ),
     ).eval()
+    for key, parameter in tuned.named_parameters():
+        if "magnitude" in key:
+            parameter.data *= 1 + torch.rand_like(parameter)
     tuned.save_pretrained(work / "adapter")
     (work / "adapter" / "README.md").unlink(missing_ok=True)
     with tuned.disable_adapter():

@@ -94,21 +94,71 @@ def test_all_errors_of_all_files_are_collected(tmp_path: Path, encoder: Encoder)
         "pvc://data/a.jsonl:4: messages is missing; allowed: every sample of a source has the format of its first (Messages)",
         "pvc://data/b.jsonl:1: text is empty; allowed: a text",
         "pvc://data/b.jsonl:2: the sample has 42 tokens; allowed: at most 40 (spec.hyperparameters.sequenceLength; raise it as "
-        "far as the model allows, or set spec.datasets.onTooLong to Truncate or Skip)",
+        "far as the model allows, or set spec.datasets.onTooLong to Split, Truncate or Skip)",
         "pvc://data/c.jsonl: the source holds no sample; allowed: at least one sample",
     ]
 
 
-def test_too_long_samples_are_cut_or_left_out(tmp_path: Path, encoder: Encoder) -> None:
-    late = {"messages": [{"role": "user", "content": "long " * 40}, {"role": "assistant", "content": "b"}]}
-    sources = [source(write(tmp_path / "a.jsonl", *texts("long " * 40, "short"))), source(write(tmp_path / "b.jsonl", late))]
+LATE = {"messages": [{"role": "user", "content": "long " * 40}, {"role": "assistant", "content": "b"}]}
+
+
+def test_too_long_samples_are_split_cut_or_left_out(tmp_path: Path, encoder: Encoder) -> None:
+    sources = [source(write(tmp_path / "a.jsonl", *texts("long " * 40, "short")))]
     found = {}
-    for rule in ("Truncate", "Skip"):
+    for rule in ("Split", "Truncate", "Skip"):
         summary = build(
             tmp_path / rule, training=sources, validation=[], encoder=encoder, limits=Limits(20, on_too_long=rule)
         )
-        found[rule] = (Documents.open(tmp_path / rule / "training").lengths.tolist(), summary.truncated, summary.skipped)
-    assert found == {"Truncate": ([20, 2], 1, 1), "Skip": ([2], 0, 2)}
+        lengths = Documents.open(tmp_path / rule / "training").lengths.tolist()
+        found[rule] = (lengths, summary.split, summary.truncated, summary.skipped)
+    assert found == {"Split": ([20, 20, 4, 2], 1, 0, 0), "Truncate": ([20, 2], 0, 1, 0), "Skip": ([2], 0, 0, 1)}
+
+
+def test_the_pieces_of_a_split_text_learn_each_token_but_the_first_once(
+    tmp_path: Path, encoder: Encoder, tokenizer: Any
+) -> None:
+    text = " ".join(str(number) for number in range(99))
+    sources = [source(write(tmp_path / "a.jsonl", *texts(text)))]
+    build(tmp_path / "out", training=sources, validation=[], encoder=encoder, limits=Limits(16, "Split"))
+    pieces = list(Documents.open(tmp_path / "out/training"))
+    learnt = [number for piece in pieces for number in piece.ids[piece.weights > 0].tolist()]
+    assert tokenizer.decode([int(pieces[0].ids[0]), *learnt]) == text + tokenizer.eos_token
+    assert {(piece.line, piece.weights[0], len(piece.ids) <= 16) for piece in pieces} == {(1, 0.0, True)}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("Split", "has 73 tokens; allowed: at most 20 (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
+                  "or set spec.datasets.onTooLong to Truncate or Skip)"),
+        ("Truncate", "has nothing to learn in its first 20 tokens: the first one that is learnt is number 72; allowed: at least 72 "
+                     "tokens a sample (spec.hyperparameters.sequenceLength; raise it as far as the model allows, or set "
+                     "spec.datasets.onTooLong to Skip)"),
+    ],
+)  # fmt: skip
+def test_a_conversation_of_which_nothing_would_be_left_is_refused(
+    tmp_path: Path, encoder: Encoder, rule: Any, said: str
+) -> None:
+    late = source(write(tmp_path / "b.jsonl", LATE))
+    with pytest.raises(DataError) as caught:
+        build(tmp_path / "out", training=[late], validation=[], encoder=encoder, limits=Limits(20, rule))
+    assert caught.value.problems.lines() == [f"pvc://data/b.jsonl:1: the sample {said}"]
+
+
+def test_pretraining_learns_texts_alone(tmp_path: Path, encoder: Encoder) -> None:
+    late = source(write(tmp_path / "b.jsonl", LATE))
+    with pytest.raises(DataError) as caught:
+        build(
+            tmp_path / "out",
+            training=[late],
+            validation=[],
+            encoder=encoder,
+            limits=Limits(99, "Split", objective="Pretraining"),
+        )
+    assert caught.value.problems.lines() == [
+        "pvc://data/b.jsonl:1: the line is a sample of format Messages; "
+        "allowed: samples with text, as spec.objective.type is Pretraining"
+    ]
 
 
 def test_held_out_samples_are_chosen_by_content(tmp_path: Path, encoder: Encoder) -> None:

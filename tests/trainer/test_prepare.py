@@ -103,6 +103,7 @@ def test_the_report_holds_every_default(room: Room, unverified: None) -> None:
     }
     base, data, packing = prepared.pop("base"), prepared.pop("data"), prepared.pop("packing")
     assert prepared == {
+        "objective": {"type": "SFT"},
         "method": {
             "type": "LoRA",
             "rank": 16,
@@ -146,6 +147,20 @@ def test_the_report_holds_every_default(room: Room, unverified: None) -> None:
     made = room.run_directory
     assert json.loads((made / "prepare/report.json").read_text()) == json.loads((room.root / "termination-log").read_text())
     assert [f"{(made / name).stat().st_mode & 0o7777:o}" for name in ("attempts", "checkpoints")] == ["2775", "2775"]
+
+
+def test_pretraining_splits_texts_and_has_its_own_defaults(room: Room, unverified: None) -> None:
+    values = [{"text": " ".join(f"Line {line} of page {page}." for line in range(40))} for page in range(8)]
+    write(room.root / "configmaps/chats/train.jsonl", values)
+    room.request["spec"] |= {"objective": {"type": "Pretraining"}, "hyperparameters": {"sequenceLength": 256}}
+    code, report = room.run()
+    assert code == 0, report
+    assert "8 too long and split; 6 steps of about 512 tokens" in report["message"]
+    prepared = report["prepared"]
+    assert prepared["objective"] == {"type": "Pretraining"}
+    assert prepared["data"]["summary"]["split"] == 8
+    numbers = prepared["hyperparameters"]
+    assert (numbers["epochs"], numbers["weightDecay"], numbers["learningRate"]) == (1.0, 0.1, 4e-4)
 
 
 def test_a_second_run_finds_everything_done(room: Room, unverified: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,8 +309,8 @@ def test_a_share_of_invalid_samples_is_left_out_and_named(room: Room, unverified
     room.request["spec"]["datasets"]["invalidSampleSkipPercentage"] = 20
     for _ in range(2):  # the second run finds the cache
         code, report = room.run()
-        assert (code, report["prepared"]["data"]["summary"]["skippedSamples"]) == (0, 2)
-        assert report["message"].startswith("8 samples, 2 left out, ")
+        assert (code, report["prepared"]["data"]["summary"]["invalid"]) == (0, 2)
+        assert "2 invalid and left out; " in report["message"]
         assert (room.run_directory / "prepare/errors.txt").read_text() == (
             "configmap://chats/train.jsonl:1: messages is []; allowed: a list of at least one message\n"
             "configmap://chats/train.jsonl:10: messages is missing; "
@@ -421,6 +436,10 @@ def test_a_dead_process_s_lock_is_broken(tmp_path: Path, monkeypatch: pytest.Mon
 )
 def test_batch_tokens(tokens: int, expected: int) -> None:
     assert defaults.batch_tokens(tokens) == expected
+
+
+def test_pretraining_may_take_larger_batches() -> None:
+    assert defaults.batch_tokens(10**9, 1 << 20) == 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method, ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.objective import ObjectiveType, ResolvedObjective, kind_of
 from tuneward_trainer import packing
 from tuneward_trainer.data.build import Summary
+from tuneward_trainer.data.fit import OnTooLong
+from tuneward_trainer.data.samples import Limits
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.report import config_bad
 
@@ -18,7 +22,7 @@ SEQUENCE_LENGTH: Final = 4096
 SHORTEST_SEQUENCE: Final = 16
 _STEPS_WANTED: Final = 200
 _LEAST_STEPS: Final = 5
-_LEAST_BATCH, _LARGEST_BATCH = 4096, 131_072
+_LEAST_BATCH: Final = 4096
 _BILLION: Final = 10**9
 _TOKENS_AT_ONCE: Final = {"cpu": 1024, "gpu": 8192}
 """Tokens of a micro-batch where memory allows them: beyond, kernels get no faster."""
@@ -37,6 +41,39 @@ _UNITS: Final = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Usual:
+    """What an objective changes of the defaults."""
+
+    epochs: int | None = None
+    """None: by the number of samples."""
+    weight_decay: float = 0.0
+    largest_batch: int = 131_072
+    on_too_long: OnTooLong = "Error"
+
+
+_USUAL: Final[dict[ObjectiveType, _Usual]] = {
+    "SFT": _Usual(),
+    "Pretraining": _Usual(epochs=1, weight_decay=0.1, largest_batch=1 << 20, on_too_long="Split"),
+}
+
+
+def objective(spec: FineTuneJobSpec) -> ResolvedObjective:
+    return ResolvedObjective(type=kind_of(spec))
+
+
+def limits(spec: FineTuneJobSpec, longest: int) -> Limits:
+    """What is done with samples of more than `longest` tokens, and with how many of them."""
+    kind, datasets = kind_of(spec), spec.datasets
+    return Limits(
+        longest,
+        on_too_long=datasets.on_too_long or _USUAL[kind].on_too_long,
+        fraction=datasets.validation_fraction or 0.0,
+        invalid=datasets.invalid_sample_skip_percentage or 0.0,
+        objective=kind,
+    )
+
+
 def longest_sample(hyper: Hyperparameters, facts: Facts) -> int:
     """Tokens that a sample may have: sequenceLength, or 4,096 and what the model allows. Raises EndError."""
     asked = hyper.sequence_length
@@ -52,7 +89,7 @@ def longest_sample(hyper: Hyperparameters, facts: Facts) -> int:
 
 def method(asked: Method, facts: Facts) -> ResolvedMethod:
     """Raises EndError where targetModules names a layer that the model does not have."""
-    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, lora_parameters, target_linears
+    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, adapter_parameters, target_linears
 
     try:
         available = target_linears(facts.empty)
@@ -64,25 +101,32 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
     for target in targets:
         if not adapted_linears(facts.empty, [target]):
             raise config_bad(f"spec.method.targetModules holds {target!r}; allowed for this model: {', '.join(available)}")
-    rank = asked.rank or 16
+    kind, rank = asked.type or "LoRA", asked.rank or 16
     return ResolvedMethod(
-        type="LoRA",
+        type=kind,
         rank=rank,
         alpha=32.0 if asked.alpha is None else asked.alpha,
         dropout=asked.dropout or 0.0,
         rs_lora=bool(asked.rs_lora),
         target_modules=targets,
-        trainable_parameters=lora_parameters(facts.empty, targets, rank),
+        trainable_parameters=adapter_parameters(facts.empty, targets, rank, dora=kind == "DoRA"),
     )
 
 
 def hyperparameters(
-    asked: Hyperparameters, *, lengths: NDArray[np.int32], summary: Summary, facts: Facts, longest: int
+    asked: Hyperparameters,
+    *,
+    lengths: NDArray[np.int32],
+    summary: Summary,
+    facts: Facts,
+    longest: int,
+    objective: ResolvedObjective,
 ) -> ResolvedHyperparameters:
     """`lengths`: int32 [training documents]; `longest`: what a sample may have at most."""
-    epochs = asked.epochs or _epochs(summary.samples)
+    usual = _USUAL[objective.type]
+    epochs = asked.epochs or usual.epochs or _epochs(summary.samples)
     length = asked.sequence_length or max(SHORTEST_SEQUENCE, min(longest, summary.longest))
-    batch = asked.batch_tokens or batch_tokens(epochs * summary.tokens)
+    batch = asked.batch_tokens or batch_tokens(epochs * summary.tokens, usual.largest_batch)
     per_epoch = packing.steps_per_epoch(lengths, sequence_length=length, batch_tokens=batch)
     steps = asked.steps or epochs * per_epoch
     return ResolvedHyperparameters(
@@ -91,7 +135,7 @@ def hyperparameters(
         learning_rate=asked.learning_rate or _learning_rate(facts.parameters),
         scheduler=asked.scheduler or "Cosine",
         warmup_fraction=0.05 if asked.warmup_fraction is None else asked.warmup_fraction,
-        weight_decay=asked.weight_decay or 0.0,
+        weight_decay=usual.weight_decay if asked.weight_decay is None else asked.weight_decay,
         max_grad_norm=asked.max_grad_norm or 1.0,
         sequence_length=length,
         batch_tokens=batch,
@@ -105,11 +149,11 @@ def _epochs(samples: int) -> int:
     return 2 if samples <= 100_000 else 1
 
 
-def batch_tokens(tokens: int) -> int:
-    """The power of two nearest tokens/200 in 4,096 … 131,072, but at most a fifth of all `tokens`, so that even a
+def batch_tokens(tokens: int, largest: int = 131_072) -> int:
+    """The power of two nearest tokens/200 in 4,096 … `largest`, but at most a fifth of all `tokens`, so that even a
     handful of samples gets five steps."""
     nearest = _power_of_two(tokens / _STEPS_WANTED)
-    bounded = min(max(nearest, _LEAST_BATCH), _LARGEST_BATCH)
+    bounded = min(max(nearest, _LEAST_BATCH), largest)
     fifth = max(16, tokens // _LEAST_STEPS)
     return min(bounded, 1 << (fifth.bit_length() - 1))
 

@@ -113,6 +113,7 @@ def describe(plan: Plan, result: Result, folder: Path, sub_path: str, digest: st
         sub_path=sub_path,
         digest=digest,
         size=sum(entry.size for entry in manifest.read_manifest(folder)[1]),
+        type="DoRA" if config.get("use_dora") else "LoRA",
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         target_modules=sorted(config["target_modules"]),

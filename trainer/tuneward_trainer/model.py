@@ -109,13 +109,17 @@ def adapted_linears(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear
     }
 
 
-def lora_parameters(model: nn.Module, targets: list[str], rank: int) -> int:
-    """Number of parameters that LoRA trains: rank x (in + out) for each adapted Linear."""
-    return sum(rank * (layer.in_features + layer.out_features) for layer in adapted_linears(model, targets).values())
+def adapter_parameters(model: nn.Module, targets: list[str], rank: int, *, dora: bool = False) -> int:
+    """Number of parameters that are trained: rank x (in + out) for each adapted Linear, and with DoRA `out` more."""
+    return sum(
+        rank * (layer.in_features + layer.out_features) + dora * layer.out_features
+        for layer in adapted_linears(model, targets).values()
+    )
 
 
 def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, base_uri: str) -> PeftModel:
-    """Puts LoRA on `model`, in fp32, with an init that depends on `seed` alone: every rank gets the same bytes."""
+    """Puts LoRA or DoRA on `model`, in fp32, with an init that depends on `seed` and the base alone: every rank gets the
+    same bytes. DoRA (Liu et al. 2024, arXiv 2402.09353) is PEFT's own: W' = m (W + sBA) / |W + sBA|, rows apart."""
     names = list(adapted_linears(model, method.target_modules))
     if not names:
         raise ModelUnsupportedError(
@@ -127,6 +131,7 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
         lora_dropout=method.dropout,
         use_rslora=method.rs_lora,
+        use_dora=method.type == "DoRA",
         target_modules=sorted(method.target_modules),
         exclude_modules=NEVER_ADAPTED.pattern if _needs_exclusion(model, method.target_modules) else None,
         bias="none",

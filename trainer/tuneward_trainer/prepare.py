@@ -94,6 +94,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     found = models.find(spec.model.uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
     facts = examine(found.folder)
     longest = defaults.longest_sample(hyper, facts)
+    objective = defaults.objective(spec)
     method = defaults.method(spec.method or Method(), facts)
     packing = verify(found)
     tokenizer = load_tokenizer(found.folder)
@@ -107,10 +108,12 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         summary=summary,
         facts=facts,
         longest=longest,
+        objective=objective,
     )
     return Prepared(
         base=base_of(found, facts, tokenizer),
         data=Data(sub_path=cache.sub_path, summary=_resolved(cache.digest, summary)),
+        objective=objective,
         method=method,
         hyperparameters=numbers,
         packing=packing,
@@ -141,7 +144,10 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
         tokens=summary.tokens,
         target_tokens=summary.target_tokens,
         validation_samples=summary.validation_samples,
-        skipped_samples=summary.skipped + summary.invalid or None,
+        split=summary.split or None,
+        truncated=summary.truncated or None,
+        skipped=summary.skipped or None,
+        invalid=summary.invalid or None,
     )
 
 
@@ -177,7 +183,7 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     datasets = request.spec.datasets
     training = sources(datasets.training, "training", places, request.store_claim)
     validation = sources(datasets.validation or [], "validation", places, request.store_claim)
-    limits = limits_of(datasets, inputs.longest)
+    limits = defaults.limits(request.spec, inputs.longest)
     key = cache_key(training, validation, datasets, limits, inputs)
     sub_path = f"data/sha256-{key}"
     target = places.store / sub_path
@@ -191,15 +197,6 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     if (target / ERRORS).exists():
         shutil.copyfile(target / ERRORS, folder / ERRORS)
     return Cache(target, sub_path, f"sha256:{key}")
-
-
-def limits_of(datasets: Datasets, longest: int) -> Limits:
-    return Limits(
-        longest,
-        on_too_long=datasets.on_too_long or "Error",
-        fraction=datasets.validation_fraction or 0.0,
-        invalid=datasets.invalid_sample_skip_percentage or 0.0,
-    )
 
 
 def _fill(
@@ -280,9 +277,15 @@ def _identity(source: Source) -> list[Any]:
 def sentence(prepared: Prepared) -> str:
     """What was found, in one line."""
     data, numbers, method = prepared.data.summary, prepared.hyperparameters, prepared.method
-    left_out = f", {data.skipped_samples} left out" if data.skipped_samples else ""
+    fates = {
+        "too long and split": data.split,
+        "too long and cut at their end": data.truncated,
+        "too long and left out": data.skipped,
+        "invalid and left out": data.invalid,
+    }
+    left = "".join(f"{count} {fate}; " for fate, count in fates.items() if count)
     return (
-        f"{data.samples} samples{left_out}, {data.tokens} tokens ({data.target_tokens} learnt); "
+        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); {left}"
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
-        f"LoRA of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
+        f"{method.type} of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
     )

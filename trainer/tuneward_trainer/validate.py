@@ -24,7 +24,7 @@ from tuneward_trainer.data.problems import Problems
 from tuneward_trainer.data.render import LossOn
 from tuneward_trainer.data.samples import Limits, Source
 from tuneward_trainer.facts import examine, load_tokenizer, stop_ids
-from tuneward_trainer.prepare import limits_of, read_request, sources
+from tuneward_trainer.prepare import read_request, sources
 from tuneward_trainer.report import config_bad, ending, input_missing, start_logging
 from tuneward_trainer.store import Places
 
@@ -88,7 +88,7 @@ def _of_request(file: Path) -> Wanted:
         training=sources(datasets.training, "training", places, claim),
         validation=sources(datasets.validation or [], "validation", places, claim),
         loss_on=datasets.loss_on or "Assistant",
-        limits=limits_of(datasets, longest),
+        limits=defaults.limits(spec, longest),
     )
 
 

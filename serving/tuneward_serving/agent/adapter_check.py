@@ -24,6 +24,8 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 _KEY = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<part>[AB])(?:\.default)?\.weight$")
+_MAGNITUDE = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?$")
+"""DoRA's: the length of each row of the tuned weight, [out]."""
 
 
 class Refused(Exception):  # noqa: N818 - it is a verdict, not a mishap
@@ -75,13 +77,16 @@ def check_structure(folder: Path, shapes: Shapes, limits: Limits) -> None:
     except WeightsError as error:
         raise Refused(Reason.STRUCTURE_MISMATCH, str(error)) from error
     _check_rank(config, limits)
-    pairs = _pairs(header)
+    lengths = {match["module"]: tensor for name, tensor in header.items() if (match := _MAGNITUDE.match(name))}
+    pairs = _pairs({name: tensor for name, tensor in header.items() if not _MAGNITUDE.match(name)})
     for module, (down, up) in pairs.items():
         _check_pair(module, down, up, shapes, limits)
+    _check_lengths(lengths, pairs, dora=bool(config.get("use_dora")))
     for name, tensor in header.items():
         if not is_finite(tensor):
             raise Refused(Reason.NOT_FINITE, f"{name} holds NaN or infinity")
-    if all(is_zero(up) for _, up in pairs.values()):
+    # With DoRA the lengths alone may have changed: then the proof decides.
+    if not lengths and all(is_zero(up) for _, up in pairs.values()):
         raise Refused(Reason.NO_EFFECT, "every lora_B is zero: the adapter changes nothing")
 
 
@@ -144,6 +149,24 @@ def _check_pair(module: str, down: Tensor, up: Tensor, shapes: Shapes, limits: L
         )
     if down.shape[0] > limits.max_rank:
         raise Refused(Reason.RANK_TOO_LARGE, _too_large(down.shape[0], limits))
+
+
+def _check_lengths(lengths: Mapping[str, Tensor], pairs: Mapping[str, tuple[Tensor, Tensor]], *, dora: bool) -> None:
+    """DoRA has one for each adapted module, LoRA none: an engine would drop them without a word."""
+    for module, (_, up) in pairs.items():
+        found = lengths.get(module)
+        if (found is not None) != dora:
+            has = "has no" if dora else "has a"
+            raise Refused(
+                Reason.STRUCTURE_MISMATCH, f"{module} {has} lora_magnitude_vector, but {CONFIG} says use_dora: {dora}"
+            )
+        if found is not None and found.shape != up.shape[:1]:
+            raise Refused(
+                Reason.STRUCTURE_MISMATCH,
+                f"{module}: lora_magnitude_vector {list(found.shape)} does not fit lora_B {list(up.shape)}",
+            )
+    for module in lengths.keys() - pairs.keys():
+        raise Refused(Reason.STRUCTURE_MISMATCH, f"{module} has lora_magnitude_vector only")
 
 
 def _first_line(error: Exception) -> str:

@@ -53,6 +53,7 @@ class Runner:
         if strange:
             self._forget(slot)
             raise ApiError(f"the adapter does not fit the base model: {strange[0]} has no counterpart")
+        _allow_mixed_batches(self._peft, slot)
         self._peft.eval()
 
     def unload(self, slot: str) -> None:
@@ -144,6 +145,16 @@ def _end_tokens(generation: GenerationConfig, tokenizer: Any) -> frozenset[int]:
     found = generation.eos_token_id if generation is not None else None
     ends = found if isinstance(found, list) else [found]
     return frozenset(int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None)
+
+
+def _allow_mixed_batches(model: Any, slot: str) -> None:
+    """PEFT refuses DoRA among rows of different adapters, by a flag that nothing else reads; its forward over such rows
+    (`_mixed_batch_forward`) calls each adapter's own variant, DoRA's too. Tested against each adapter alone."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and slot in module.use_dora:
+            module.use_dora[slot] = False
 
 
 def _unwrapped(model: Any) -> Any:

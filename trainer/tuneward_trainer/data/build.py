@@ -47,6 +47,7 @@ class Summary:
     longest: int = 0
     duplicates: int = 0
     in_both: int = 0
+    split: int = 0
     truncated: int = 0
     skipped: int = 0
     invalid: int = 0
@@ -58,6 +59,7 @@ class Summary:
         found = [
             (self.duplicates, "samples occur more than once"),
             (self.in_both, "validation samples are training samples too: the validation loss flatters"),
+            (self.split, "samples were split, as they are longer than sequenceLength"),
             (self.truncated, "samples were cut at their end"),
             (self.skipped, "samples were left out as too long"),
             (self.invalid, "samples were left out as invalid (invalidSampleSkipPercentage); errors.txt names them"),
@@ -160,8 +162,8 @@ class _Tokenizer:
             self._problems.add_sample(error, uri, line)
         self._ignored.update(done.ignored)
         self._summary.longest = max(self._summary.longest, done.longest)
-        self._summary.truncated += done.truncated
-        self._summary.skipped += done.skipped
+        for fate, count in done.fates.items():
+            setattr(self._summary, fate, getattr(self._summary, fate) + count)
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()
             log.info("tokenized %d samples, now in %s", self.read, uri)

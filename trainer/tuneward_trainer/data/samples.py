@@ -12,14 +12,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
-from tuneward_trainer.data import formats
+from tuneward_api.objective import ObjectiveType
+from tuneward_trainer.data import fit, formats
 from tuneward_trainer.data.encode import Encoded, Encoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
 
-OnTooLong: TypeAlias = Literal["Error", "Truncate", "Skip"]
 Record: TypeAlias = tuple[int, bytes | dict[str, Any]]
 """(line or row from 1, what stands there)."""
 _RECORDS: Final = 512
@@ -64,9 +64,10 @@ class Limits:
     samples, in percent, that may be left out as invalid."""
 
     longest: int
-    on_too_long: OnTooLong = "Error"
+    on_too_long: fit.OnTooLong = "Error"
     fraction: float = 0.0
     invalid: float = 0.0
+    objective: ObjectiveType = "SFT"
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,14 @@ class Batch:
 
 @dataclass
 class Done:
-    """What became of a batch: `good` is (line, documents, hash of the whole sample), `bad` (line, what is wrong)."""
+    """What became of a batch: `good` is (line, documents, hash of the whole sample), `bad` (line, what is wrong),
+    `fates` how many documents were split, truncated or skipped as too long."""
 
     good: list[tuple[int, list[Encoded], int]] = field(default_factory=list)
     bad: list[tuple[int, SampleError]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
-    truncated: int = 0
-    skipped: int = 0
+    fates: Counter[str] = field(default_factory=Counter)
 
 
 def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str]) -> Iterator[Batch]:
@@ -120,63 +121,39 @@ class Worker:
     def __call__(self, batch: Batch) -> Done:
         done = Done()
         samples = list(self._samples(batch, done))
-        encoded = self._encoder.encode([sample for _, sample in samples])
-        for (line, _), found in zip(samples, encoded, strict=True):
+        encoded = self._encoder.encode([sample for _, _, sample in samples])
+        for (line, form, _), found in zip(samples, encoded, strict=True):
             try:
                 if isinstance(found, SampleError):
                     raise found
-                if documents := self._fit(found, done):
+                if documents := self._fit(found, form, done):
                     done.good.append((line, documents, _hash(documents)))
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
         return done
 
-    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Sample]]:
+    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Format, formats.Sample]]:
         for line, content in batch.records:
             try:
                 value = formats.renamed(parse(content), batch.fields)
                 form = batch.format or formats.detect(value)
+                fit.check_format(form, self._limits.objective)
                 done.ignored.update(formats.ignored(value, form))
-                yield line, formats.read(value, form)
+                yield line, form, formats.read(value, form)
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
 
-    def _fit(self, documents: list[Encoded], done: Done) -> list[Encoded]:
+    def _fit(self, documents: list[Encoded], form: formats.Format, done: Done) -> list[Encoded]:
         """Those that are short enough, and what is left of those that are not. Raises SampleError."""
-        limits, fitting, errors = self._limits, [], []
-        for document in documents:
-            done.longest = max(done.longest, min(len(document.ids), limits.longest))
-            if len(document.ids) <= limits.longest:
-                fitting.append(document)
-            elif limits.on_too_long == "Error":
-                errors.append(_too_long(document, limits))
-            elif limits.on_too_long == "Truncate" and (cut := _truncate(document, limits.longest)):
-                done.truncated += 1
-                fitting.append(cut)
-            else:
-                done.skipped += 1
-        if errors:
-            raise SampleError.of(errors)
-        return fitting
+        longest = self._limits.longest
+        done.longest = max(done.longest, *(min(len(document.ids), longest) for document in documents))
+        fitted = fit.fit(documents, longest, self._limits.on_too_long, form)
+        done.fates.update(fitted.done)
+        return fitted.documents
 
 
 def _inverse(fields: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in fields.items()}
-
-
-def _too_long(document: Encoded, limits: Limits) -> SampleError:
-    return SampleError(
-        "the sample",
-        f"has {len(document.ids)} tokens",
-        f"at most {limits.longest} (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
-        "or set spec.datasets.onTooLong to Truncate or Skip)",
-    )
-
-
-def _truncate(document: Encoded, longest: int) -> Encoded | None:
-    """The beginning; None if nothing of it is learnt."""
-    weights = document.weights[:longest]
-    return Encoded(document.ids[:longest], weights) if any(weights) else None
 
 
 def _hash(documents: list[Encoded]) -> int:

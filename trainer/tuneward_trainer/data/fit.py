@@ -1,0 +1,79 @@
+"""What happens to a sample that is too long, or of a format that the objective does not learn: never silently."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from tuneward_api.objective import ObjectiveType
+from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.formats import Format
+from tuneward_trainer.data.problems import SampleError
+
+OnTooLong: TypeAlias = Literal["Error", "Split", "Truncate", "Skip"]
+_RAISE = "spec.hyperparameters.sequenceLength; raise it as far as the model allows"
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What is left of a sample, and how many of its documents were `split`, `truncated` or `skipped`."""
+
+    documents: list[Encoded]
+    done: Counter[str] = field(default_factory=Counter)
+
+
+def check_format(form: Format, objective: ObjectiveType) -> None:
+    """Raises SampleError for a sample that the objective does not learn from."""
+    if objective == "Pretraining" and form != "Text":
+        raise SampleError("", f"is a sample of format {form}", "samples with text, as spec.objective.type is Pretraining")
+
+
+def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Format) -> Fitted:
+    """The documents of one sample, each at most `longest` tokens. Raises SampleError where that is refused."""
+    kept: list[Encoded] = []
+    done: Counter[str] = Counter()
+    for document in documents:
+        if len(document.ids) <= longest:
+            kept.append(document)
+        elif on_too_long == "Skip":
+            done["skipped"] += 1
+        elif on_too_long == "Truncate":
+            kept.append(truncate(document, longest))
+            done["truncated"] += 1
+        elif on_too_long == "Split" and form == "Text":
+            kept += split(document, longest)
+            done["split"] += 1
+        else:
+            raise _too_long(document, longest, form)
+    return Fitted(kept, done)
+
+
+def _too_long(document: Encoded, longest: int, form: Format) -> SampleError:
+    ways = "Split, Truncate or Skip" if form == "Text" else "Truncate or Skip"
+    return SampleError(
+        "the sample",
+        f"has {len(document.ids)} tokens",
+        f"at most {longest} ({_RAISE}, or set spec.datasets.onTooLong to {ways})",
+    )
+
+
+def truncate(document: Encoded, longest: int) -> Encoded:
+    """The beginning. Raises SampleError if nothing of it is learnt."""
+    weights = document.weights[:longest]
+    if not any(weights):
+        first = next(index for index, weight in enumerate(document.weights) if weight)
+        raise SampleError(
+            "the sample",
+            f"has nothing to learn in its first {longest} tokens: the first one that is learnt is number {first + 1}",
+            f"at least {first + 1} tokens a sample ({_RAISE}, or set spec.datasets.onTooLong to Skip)",
+        )
+    return Encoded(document.ids[:longest], weights)
+
+
+def split(document: Encoded, longest: int) -> list[Encoded]:
+    """Pieces of at most `longest` tokens. Each begins with the last token of the one before, as what stands before its
+    first learnt token: so every token of the text but the first is learnt once."""
+    starts = range(0, len(document.ids) - 1, longest - 1)
+    spans = [slice(start, start + longest) for start in starts]
+    return [Encoded(document.ids[span], [0.0, *document.weights[span][1:]]) for span in spans]
