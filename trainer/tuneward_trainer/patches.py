@@ -1,8 +1,9 @@
-"""Three replacements that make a Hugging Face model train fast, and never an own forward pass.
+"""Four replacements that make a Hugging Face model train fast, and never an own forward pass.
 
 packed-attention  several documents share a row and none sees another (transformers' public cu_seq_lens names)
 loss-head         the vocabulary is scored at rows that have a target only, in chunks, its gradient made on the way
 lora-linear       one autograd node for W x + s B A x, which keeps x and the rank-sized A x, nothing else
+gated-mlp         down(act(gate) up) keeps gate and up and computes their product again: half of what an MLP keeps
 
 There is no code per model family. Instead `verify.py` compares each patch with the plain model on a shrunken twin, and
 a patch that disagrees is left out. `applied` is a context manager and restores everything: evaluation by `generate`,
@@ -28,11 +29,12 @@ from tuneward_trainer.batch import Batch
 PACKED_ATTENTION: Final = "packed-attention"
 LOSS_HEAD: Final = "loss-head"
 LORA_LINEAR: Final = "lora-linear"
-ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR)
+GATED_MLP: Final = "gated-mlp"
+ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR, GATED_MLP)
 
 _REGISTERED: Final = "tuneward_packed"
-_CHUNK_ELEMENTS: Final = 1 << 24
-"""Logits held at once: 64 MB in float32."""
+_CHUNK_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Logits held at once. On a CPU so few that they stay in its cache, on a GPU so many that its cores are busy."""
 
 Forward = Callable[[Batch], Tensor]
 """Batch -> float32 [R], the log-probability of each target."""
@@ -48,6 +50,8 @@ def applied(model: PeftModel, names: Collection[str] = ALL) -> Iterator[Forward]
     with ExitStack() as stack:
         if LORA_LINEAR in names:
             stack.enter_context(_lora_linears(base))
+        if GATED_MLP in names:
+            stack.enter_context(_gated_mlps(base))
         head = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else _plain_head
         packed = PACKED_ATTENTION in names
         if packed:
@@ -137,15 +141,17 @@ class _TargetLogprobs(torch.autograd.Function):
         """[R, H], [V, H], [V], int64 [R] -> float32 [R]."""
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, _CHUNK_ELEMENTS // len(weight))
+        chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
             scores, bend = _scores(hidden[part], weight, bias, cap)
-            log_sum = scores.logsumexp(-1, keepdim=True)
-            logprobs[part] = (scores.gather(-1, targets[part, None]) - log_sum)[:, 0]
+            scores -= scores.amax(-1, keepdim=True)
+            chosen = scores.gather(-1, targets[part, None])
+            sums = scores.exp_().sum(-1, keepdim=True)
+            logprobs[part] = (chosen - sums.log())[:, 0]
             if slopes is not None:
-                gradient = scores.sub_(log_sum).exp_().neg_()
-                gradient.scatter_add_(-1, targets[part, None], torch.ones_like(log_sum))
+                gradient = scores.div_(sums.neg_())
+                gradient.scatter_add_(-1, targets[part, None], torch.ones_like(sums))
                 gradient = gradient if bend is None else gradient.mul_(bend)
                 torch.mm(gradient.to(weight.dtype), weight, out=slopes[part])
         ctx.save_for_backward(slopes)
@@ -209,9 +215,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        down = flat @ a.to(x.dtype).T
-        out = nn.functional.linear(flat, weight, bias)
-        out.addmm_(down, b.to(x.dtype).T, alpha=scale)
+        out, down = _with_lora(flat, a, b, weight, bias, scale)
         ctx.save_for_backward(flat, down, a, b, weight)
         ctx.scale = scale
         return out.view(*x.shape[:-1], -1)
@@ -221,13 +225,95 @@ class _LoraLinear(torch.autograd.Function):
         flat, down, a, b, weight = ctx.saved_tensors
         gradient = gradients[0]
         rows = gradient.reshape(-1, gradient.shape[-1])
-        up = (rows @ b.to(rows.dtype)).mul_(ctx.scale)
-        to_x = None
-        if ctx.needs_input_grad[0]:
-            to_x = (rows @ weight).addmm_(up, a.to(rows.dtype)).view(*gradient.shape[:-1], -1)
-        to_a = (up.T @ flat).to(a.dtype)
-        to_b = (rows.T @ down).mul_(ctx.scale).to(b.dtype)
-        return to_x, to_a, to_b, None, None, None
+        to_x, to_a, to_b = _lora_gradients(rows, flat, down, a, b, weight, ctx.scale, to_x=ctx.needs_input_grad[0])
+        return None if to_x is None else to_x.view(*gradient.shape[:-1], -1), to_a, to_b, None, None, None
+
+
+def _with_lora(
+    flat: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """[T, I] -> the result [T, O], and x A' [T, r], which the backward pass needs."""
+    down = flat @ a.to(flat.dtype).T
+    out = nn.functional.linear(flat, weight, bias)
+    return out.addmm_(down, b.to(flat.dtype).T, alpha=scale), down
+
+
+def _lora_gradients(
+    rows: Tensor, flat: Tensor, down: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: float, *, to_x: bool = True
+) -> tuple[Any, Tensor, Tensor]:
+    """Gradient of the result [T, O] -> gradients of x [T, I] (None unless asked for), A and B."""
+    up = (rows @ b.to(rows.dtype)).mul_(scale)
+    back = (rows @ weight).addmm_(up, a.to(rows.dtype)) if to_x else None
+    return back, (up.T @ flat).to(a.dtype), (rows.T @ down).mul_(scale).to(b.dtype)
+
+
+# -- gated MLP -------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _gated_mlps(base: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in base.modules():
+            if fits_gated_mlp(module):
+                stack.enter_context(_instance_forward(module, functools.partial(_gated_forward, module)))
+        yield
+
+
+def fits_gated_mlp(module: nn.Module) -> bool:
+    """It has the parts of down(act(gate(x)) up(x)), under the names that nearly all models give them, and LoRA on the
+    last. Whether it is this function, and not one with a clamp or a scale, is for verify() to find out."""
+    parts = all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn"))
+    return parts and fits_lora_linear(module.down_proj)
+
+
+def _gated_forward(module: Any, x: Tensor) -> Tensor:
+    down = module.down_proj
+    if down.disable_adapters or down.merged or len(down.active_adapters) != 1:
+        plain: Tensor = type(module).forward(module, x)
+        return plain
+    name = down.active_adapters[0]
+    base = down.base_layer
+    a, b, scale = down.lora_A[name].weight, down.lora_B[name].weight, down.scaling[name]
+    out: Tensor = _GatedDown.apply(
+        module.gate_proj(x), module.up_proj(x), module.act_fn, a, b, base.weight, base.bias, scale
+    )
+    return out
+
+
+class _GatedDown(torch.autograd.Function):
+    """_LoraLinear of act(gate) * up, which is computed again in the backward pass: cheap beside the products."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        up: Tensor,
+        act: Callable[[Tensor], Tensor],
+        a: Tensor,
+        b: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """gate and up [..., I], A [r, I], B [O, r], W [O, I]."""
+        out, down = _with_lora((act(gate) * up).view(-1, gate.shape[-1]), a, b, weight, bias, scale)
+        ctx.save_for_backward(gate, up, down, a, b, weight)
+        ctx.act, ctx.scale = act, scale
+        return out.view(*gate.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up, down, a, b, weight = ctx.saved_tensors
+        gate = gate.detach().requires_grad_()
+        with torch.enable_grad():
+            opened = ctx.act(gate)
+        inner = opened.detach() * up
+        rows = gradients[0].reshape(-1, gradients[0].shape[-1])
+        to_inner, to_a, to_b = _lora_gradients(rows, inner.view(-1, inner.shape[-1]), down, a, b, weight, ctx.scale)
+        to_inner = to_inner.view(gate.shape)
+        to_up = torch.mul(to_inner, opened.detach(), out=inner)
+        (to_gate,) = torch.autograd.grad(opened, gate, to_inner.mul_(up))
+        return to_gate, to_up, None, to_a, to_b, None, None, None
 
 
 @contextmanager
