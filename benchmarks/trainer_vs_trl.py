@@ -182,7 +182,7 @@ def trl(folder: Path, *, rows_only: bool) -> Iterator[Step]:
             }
             packed = pack_dataset(Dataset.from_dict(columns), ROW, "bfd")
             targets = torch.tensor(sum(int((text.weights > 0).sum()) for text in texts))
-            trl.trainer.utils._use_triton = (lambda device: True) if rows_only else in_use
+            trl.trainer.utils._use_triton = (lambda _: True) if rows_only else in_use
             try:
                 trainer.current_gradient_accumulation_steps = len(packed)
                 losses = [
