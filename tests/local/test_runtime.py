@@ -77,6 +77,8 @@ def test_a_gang_trains_over_gloo_in_restricted_pods_on_a_shared_store(ns: Namesp
             "securityContext": {
                 "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
             },
+            # Python's import of torch may want one (dill does, where it is installed), and the root is read-only.
+            "env": [{"name": "TMPDIR", "value": "/mnt/run"}],
             "volumeMounts": [
                 {"name": "store", "mountPath": "/mnt/run", "subPath": "jobs/one"},
                 {"name": "plan", "mountPath": "/etc/tuneward"},
