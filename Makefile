@@ -47,8 +47,9 @@ generate: ## write crds/, the chart's CRDs and docs/reference.md from the models
 go-test: local
 	@cd local && . ./goenv.sh && $${GO} vet ./internal/... && $${GO} test ./internal/...
 
+# Many of them wait for a kubelet, so three share two cores.
 unit: ## every test but the end-to-end run
-	@$(BIN)/pytest -q -n 2 --dist worksteal -m "not e2e and not slow and not gpu" || $(AGAIN)
+	@$(BIN)/pytest -q -n 3 --dist worksteal -m "not e2e and not slow and not gpu" || $(AGAIN)
 
 e2e: ## the demo as a test
 	@$(BIN)/pytest -q --timeout=1800 -m "e2e and not slow" || $(AGAIN)
