@@ -5,21 +5,27 @@ Each question stands alone: what one model said must not colour what another is 
 
 from __future__ import annotations
 
+import json
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import httpx
-from rich.table import Table
+from rich.live import Live
+from rich.table import Column, Table
+from rich.text import Text
 
 from tuneward_cli import local_engine
 from tuneward_cli.errors import CommandError
 from tuneward_cli.kube import Kube
 from tuneward_cli.reach import api_key, base_url, ready_pod, the_server
 from tuneward_cli.voice import Voice
+
+CHAT: Final = "/v1/chat/completions"
 
 
 @dataclass
@@ -37,14 +43,30 @@ class Talk:
         return [str(item["id"]) for item in found]
 
     def ask(self, model: str, question: str) -> str:
-        body = {
+        choices = self._call("POST", CHAT, self._question(model, question))["choices"]
+        return str(choices[0]["message"]["content"]).strip()
+
+    def pieces(self, model: str, question: str) -> Iterator[str]:
+        """The answer as it is made."""
+        body = {**self._question(model, question), "stream": True}
+        with self._reached(), self.client.stream("POST", self.url + CHAT, json=body, headers=self._headers()) as answer:
+            if answer.is_error:
+                answer.read()
+                raise _refused(_message(answer))
+            for line in answer.iter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        raise _refused(str(event["error"]["message"]))
+                    yield str(event["choices"][0]["delta"].get("content") or "") if event["choices"] else ""
+
+    def _question(self, model: str, question: str) -> dict[str, Any]:
+        return {
             "model": model,
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": self.max_tokens,
         }
-        choices = self._call("POST", "/v1/chat/completions", body)["choices"]
-        return str(choices[0]["message"]["content"]).strip()
 
     def ask_all(self, model: str, questions: Sequence[str]) -> list[str]:
         """At once: the engine answers several in one batch."""
@@ -56,14 +78,25 @@ class Talk:
             return dict(zip(models, pool.map(lambda model: self.ask(model, question), models), strict=True))
 
     def _call(self, method: str, path: str, body: Any = None) -> Any:
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        with self._reached():
+            answer = self.client.request(method, self.url + path, json=body, headers=self._headers())
+        if answer.is_error:
+            raise _refused(_message(answer))
+        return answer.json()
+
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    @contextmanager
+    def _reached(self) -> Iterator[None]:
         try:
-            answer = self.client.request(method, self.url + path, json=body, headers=headers)
+            yield
         except httpx.HTTPError as error:
             raise CommandError(f"the engine at {self.url} gives no answer ({error})", paste="tuneward status") from error
-        if answer.is_error:
-            raise CommandError(f"the engine refused: {_message(answer)}", paste="kubectl get ftm,msv")
-        return answer.json()
+
+
+def _refused(message: str) -> CommandError:
+    return CommandError(f"the engine refused: {message}", paste="kubectl get ftm,msv")
 
 
 def _message(answer: httpx.Response) -> str:
@@ -128,9 +161,35 @@ def show(answers: dict[str, str], voice: Voice) -> None:
         for model, answer in answers.items():
             voice.line(f"{model}: {answer}")
         return
-    table = Table(*answers, expand=True, show_lines=True)
-    table.add_row(*(answer.replace("[", "\\[") for answer in answers.values()))
-    voice.console.print(table)
+    voice.console.print(_columns(answers))
+
+
+def _columns(answers: dict[str, str]) -> Table:
+    table = Table(*(Column(Text(model)) for model in answers), expand=True, show_lines=True)
+    table.add_row(*(Text(answer) for answer in answers.values()))
+    return table
+
+
+def show_live(talk: Talk, models: Sequence[str], question: str, voice: Voice) -> None:
+    """The answers side by side while they are made. Ctrl-C ends them."""
+    answers, ended = dict.fromkeys(models, ""), threading.Event()
+
+    def listen(model: str) -> None:
+        for piece in talk.pieces(model, question):
+            answers[model] = (answers[model] + piece).lstrip()
+            if ended.is_set():
+                return
+
+    with Live(console=voice.console, vertical_overflow="visible") as live, ThreadPoolExecutor(len(models)) as pool:
+        listeners = [pool.submit(listen, model) for model in models]
+        try:
+            while wait(listeners, timeout=0.1).not_done:
+                live.update(_columns(answers))
+        finally:
+            ended.set()
+            live.update(_columns(answers))
+    for listener in listeners:
+        listener.result()
 
 
 def prompt(talk: Talk, models: Sequence[str], voice: Voice) -> None:
@@ -139,9 +198,9 @@ def prompt(talk: Talk, models: Sequence[str], voice: Voice) -> None:
     while True:
         try:
             question = voice.console.input("> ").strip()
+            if not question:
+                return
+            show_live(talk, models, question, voice)
         except (EOFError, KeyboardInterrupt):
             voice.line()
             return
-        if not question:
-            return
-        show(talk.ask_each(models, question), voice)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import pty
+import select
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +43,28 @@ class Command:
         done = self.run(*arguments, timeout=timeout)
         assert done.returncode == 0, f"tuneward {' '.join(arguments)}: {done.returncode}\n{done.stderr}\n{done.stdout}"
         return done.stdout
+
+    def typed(self, questions: Sequence[str], *arguments: str, timeout: float = 120) -> str:
+        """What a terminal shows of a command that asks with `> `, when these lines and then an empty one are typed."""
+        ours, its = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tuneward_cli", *arguments],
+            stdin=its, stdout=its, stderr=its, cwd=ROOT, env={**self.environment(), "TERM": "xterm", "COLUMNS": "160"},
+        )  # fmt: skip
+        os.close(its)
+        shown = ""
+        try:
+            for line in [*questions, ""]:
+                before = len(shown)
+                while not shown[before:].endswith("> "):
+                    assert select.select([ours], [], [], timeout)[0], f"no prompt within {timeout} s: {shown}"
+                    shown += os.read(ours, 65536).decode(errors="replace")
+                os.write(ours, f"{line}\n".encode())
+            assert process.wait(timeout=timeout) == 0, shown
+        finally:
+            process.kill()
+            os.close(ours)
+        return shown
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,15 @@ def test_import_again_changes_nothing(demo: Demo, tmp_path: Path) -> None:
     assert "is there already" in done.stdout
 
 
+def test_a_terminal_shows_both_answers_side_by_side(demo: Demo) -> None:
+    asked = demo.report["questions"][0]
+    shown = demo.command.typed([asked["question"]], "chat")
+    table = shown[shown.rindex(f"> {asked['question']}") :]
+    assert demo.report["model"] in table
+    assert demo.report["baseModel"] in table
+    assert " ".join(asked["tuned"].split()[:3]) in table
+
+
 def failing(name: str, samples: list[object], **spec: object) -> str:
     """A job that cannot end in a model, with its data, as YAML (which JSON is)."""
     lines = "".join(json.dumps(sample) + "\n" for sample in samples)
