@@ -234,7 +234,8 @@ def test_a_pod_is_told_to_end_and_has_its_grace(ns: Namespace) -> None:
         assert follower.stdout is not None
         assert follower.stdout.readline() == "up\n"
         ns.kubectl("delete", "pod", "graceful", "--wait=false")
-        assert follower.stdout.read() == "asked\nsaved\n"
+        # A kubelet that has removed the container by then ends the log with that, whatever the runtime.
+        assert follower.stdout.read().startswith("asked\nsaved\n")
     ended = container_of(ns.await_pod("graceful", "Failed"))["state"]["terminated"]
     assert ended["exitCode"] == 143
     ns.kubectl("patch", "pod", "graceful", "-p", '{"metadata": {"finalizers": null}}')
