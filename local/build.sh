@@ -44,7 +44,12 @@ while kill -0 "$builder" 2>/dev/null; do
     sleep 0.2
     if [ $((SECONDS - said)) -ge 5 ]; then
         said=$SECONDS
-        echo "building tuneward-local: $SECONDS s, $(grep -c -v ' ' "$work/log" || true) packages compiled (about 2,600 the first time)"
+        compiled=$(grep -c -v ' ' "$work/log" || true)
+        if [ "$compiled" = 0 ]; then
+            echo "building tuneward-local: $SECONDS s, downloading modules ($(grep -c '^go: downloading' "$work/log" || true) so far)"
+        else
+            echo "building tuneward-local: $SECONDS s, $compiled packages compiled (about 2,600 the first time)"
+        fi
     fi
 done
 if ! wait "$builder"; then

@@ -23,15 +23,10 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Record
 from tuneward_api.conditions import Reason
-from tuneward_api.finetunejob import (
-    FineTuneJobSpec,
-    ResolvedData,
-    ResolvedHyperparameters,
-    ResolvedMethod,
-    ResolvedPacking,
-)
+from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
 from tuneward_api.objective import SUPERVISED, ResolvedObjective
+from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 
 
 class JobRef(Record):

@@ -8,10 +8,12 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Model, Quantity, Rule, Ruled, Transition
 from tuneward_api.conditions import Condition, Phase
+from tuneward_api.datasets import Datasets
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.objective import RULES as OBJECTIVE_RULES
-from tuneward_api.objective import SUPERVISED, Objective, ResolvedObjective
-from tuneward_api.uris import DataUri, ModelUri
+from tuneward_api.objective import Objective
+from tuneward_api.resolved import Resolved
+from tuneward_api.uris import ModelUri
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
 SubdomainName = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
@@ -65,78 +67,6 @@ class Method(Model):
         min_length=1,
         max_length=32,
         description="Names of Linear layers to adapt. Default: every Linear of the decoder; never router, head or vision.",
-    )
-
-
-DataFormat = Literal["Messages", "PromptCompletion", "Conversations", "Instruction", "Text"]
-DataField = Literal[
-    "messages", "tools", "prompt", "completion", "conversations", "system", "instruction", "input", "output", "text"
-]
-FIELDS_RULE = Rule(
-    cel="self.all(k, self.exists_one(j, self[j] == self[k]))",
-    message="two columns must not become the same field",
-    check=lambda value: len(set(value.values())) == len(value),
-)
-FieldMap = Annotated[
-    dict[Annotated[str, Field(max_length=128)], DataField], Field(min_length=1, max_length=10), Ruled(FIELDS_RULE)
-]
-
-
-class Dataset(Model):
-    """One source of samples."""
-
-    uri: DataUri = Field(
-        description="Where the file is: configmap://NAME/KEY or pvc://CLAIM/PATH; .jsonl, .jsonl.gz, .jsonl.zst or "
-        ".parquet. A folder stands for all such files in it, in the order of their names."
-    )
-    format: DataFormat | None = Field(
-        None,
-        description="Messages (messages), PromptCompletion (prompt, completion), Conversations (ShareGPT's "
-        "conversations of from and value), Instruction (Alpaca's instruction, input, output) or Text (text). "
-        "Default: told from the first sample.",
-    )
-    fields: FieldMap | None = Field(
-        None,
-        description="Names of columns -> the fields of the format that they are, such as {question: prompt, "
-        "answer: completion}. Default: the columns have the fields' names.",
-    )
-    weight: Int | None = Field(None, ge=1, le=1000, description="Copies of this source in an epoch. Default: 1.")
-
-
-class Datasets(Model):
-    """What is learnt from, and what the result is measured on."""
-
-    training: list[Dataset] = Field(min_length=1, max_length=64, description="Sources of training samples.")
-    validation: list[Dataset] | None = Field(
-        None, min_length=1, max_length=64, description="Sources of held-out samples. Default: none."
-    )
-    validation_fraction: float | None = Field(
-        None, gt=0, le=0.5, description="Share of the training samples to hold out instead. Default: 0."
-    )
-    on_too_long: Literal["Error", "Split", "Truncate", "Skip"] | None = Field(
-        None,
-        description="What happens to a sample longer than sequenceLength: Error (default) refuses the data, "
-        "Split (default of Pretraining) makes several of a Text sample, Truncate cuts its end, Skip leaves it out.",
-    )
-    loss_on: Literal["Assistant", "LastAssistant", "All"] | None = Field(
-        None,
-        description="Which tokens are learnt: Assistant (default), every assistant turn whose weight is not 0; "
-        "LastAssistant, the last one; All, every token. Text samples are always learnt whole.",
-    )
-    invalid_sample_skip_percentage: float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="Share of all samples, in percent, that may be invalid: so many are left out and named in "
-        "prepare/errors.txt of the run directory; more refuse the data. Default: 0.",
-    )
-
-    RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            cel="!(has(self.validation) && has(self.validationFraction))",
-            message="set validation or validationFraction, not both",
-            check=lambda s: s.validation is None or s.validation_fraction is None,
-        ),
     )
 
 
@@ -407,82 +337,6 @@ class FineTuneJobSpec(Model):
             cel="!(has(oldSelf.cancel) && oldSelf.cancel) || (has(self.cancel) && self.cancel)",
             message=f"cancel is one way: a cancelled job stays cancelled{SUFFIX}",
         ),
-    )
-
-
-class ResolvedBase(Model):
-    """The base model that is trained from, pinned."""
-
-    uri: str = Field(max_length=512, description="Address with the revision that was found.")
-    key: str = Field(max_length=128, description="Its folder's key in the store.")
-    digest: str = Field(max_length=80, description="sha256 over the sorted (path, size, sha256) of its files.")
-    architecture: str = Field(max_length=128, description="Model class.")
-    parameters: Int = Field(description="Number of parameters.", ge=0)
-
-
-class ResolvedData(Model):
-    """What prepare made of the data."""
-
-    digest: str = Field(max_length=80, description="Digest of the tokenized samples.")
-    samples: Int = Field(description="Training samples.", ge=0)
-    tokens: Int = Field(description="Training tokens of one epoch.", ge=0)
-    target_tokens: Int = Field(description="Those that are learnt.", ge=0)
-    validation_samples: Int = Field(0, description="Held-out samples.", ge=0)
-    split: Int | None = Field(None, description="Samples too long for a row that were split.", ge=0)
-    truncated: Int | None = Field(None, description="Samples too long for a row that were cut at their end.", ge=0)
-    skipped: Int | None = Field(None, description="Samples too long for a row that were left out.", ge=0)
-    invalid: Int | None = Field(None, description="Samples that were left out as invalid.", ge=0)
-
-
-class ResolvedPacking(Model):
-    """Whether several samples share a row, as the check against the plain model decided."""
-
-    mode: Literal["Packed", "OneDocument"] = Field(description="Packed, or OneDocument a forward pass.")
-    reason: str = Field(max_length=512, description="Why.")
-    patches: list[Annotated[str, Field(max_length=64)]] = Field(
-        default_factory=list, max_length=16, description="Patches that agreed with the plain model."
-    )
-
-
-class ResolvedMethod(Model):
-    """The method with every default chosen."""
-
-    type: Literal["LoRA", "DoRA"] = Field(description="Kind of adapter.")
-    rank: Int = Field(description="Rank.")
-    alpha: float = Field(description="Scale.")
-    dropout: float = Field(description="Dropout.")
-    rs_lora: bool = Field(alias="rsLoRA", description="Rank-stabilised scale.")
-    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(max_length=64, description="Adapted layers.")
-    trainable_parameters: Int = Field(description="Number of parameters that are trained.", ge=0)
-
-
-class ResolvedHyperparameters(Model):
-    """The numbers with every default chosen."""
-
-    epochs: float = Field(description="Passes over the data.")
-    steps: Int = Field(description="Optimizer steps.")
-    learning_rate: float = Field(description="Peak learning rate.")
-    scheduler: Literal["Cosine", "Linear", "Constant"] = Field(description="Schedule after warm-up.")
-    warmup_fraction: float = Field(description="Share of the steps that warm up.")
-    weight_decay: float = Field(description="Weight decay.")
-    max_grad_norm: float = Field(description="Gradient clip.")
-    sequence_length: Int = Field(description="Longest sample and row, in tokens.")
-    batch_tokens: Int = Field(description="Tokens an optimizer step.")
-    seed: Int = Field(description="Seed.")
-
-
-class Resolved(Model):
-    """Every default chosen and every moving part pinned; copied once from the plan."""
-
-    base: ResolvedBase = Field(description="The base model, pinned.")
-    data: ResolvedData = Field(description="The data.")
-    objective: ResolvedObjective = Field(SUPERVISED, description="What is learnt of the samples.")
-    method: ResolvedMethod = Field(description="The method.")
-    hyperparameters: ResolvedHyperparameters = Field(description="The numbers.")
-    bins_per_micro_batch: Int = Field(description="Packed rows a forward pass.")
-    packing: ResolvedPacking = Field(description="Whether samples share a row.")
-    images: dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=512)]] = Field(
-        max_length=8, description="Images that the job runs."
     )
 
 

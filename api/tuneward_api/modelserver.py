@@ -8,14 +8,7 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Model, Rule, Transition
 from tuneward_api.conditions import Condition
-from tuneward_api.finetunejob import (
-    ModelSource,
-    NodeSelector,
-    Resources,
-    SecretRef,
-    Store,
-    Toleration,
-)
+from tuneward_api.finetunejob import ModelSource, NodeSelector, Resources, SecretRef, Store, Toleration
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 
 

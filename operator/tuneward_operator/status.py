@@ -8,15 +8,9 @@ from typing import Any, Literal
 
 from tuneward_api.conditions import FINAL_PHASES, Condition, ConditionType, Phase, Reason
 from tuneward_api.files import Plan, Progress, Result, SavedCheckpoint
-from tuneward_api.finetunejob import (
-    AttemptStatus,
-    CheckpointStatus,
-    FineTuneJobStatus,
-    ProgressStatus,
-    Resolved,
-    ResolvedBase,
-)
+from tuneward_api.finetunejob import AttemptStatus, CheckpointStatus, FineTuneJobStatus, ProgressStatus
 from tuneward_api.names import MAX_MESSAGE
+from tuneward_api.resolved import Resolved, ResolvedBase
 from tuneward_operator.observe import Seen, Worker
 from tuneward_operator.views import instant
 

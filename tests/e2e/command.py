@@ -16,13 +16,14 @@ MODEL = ROOT / ".cache" / "models" / "smollm2-135m-instruct"
 
 @dataclass(frozen=True)
 class Command:
-    """`tuneward` as a user runs it, in a home of its own."""
+    """`tuneward` as a user runs it, in a home of its own, `within` another command where one is given."""
 
     home: Path
+    within: tuple[str, ...] = ()
 
     def run(self, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, "-m", "tuneward_cli", *arguments],
+            [*self.within, sys.executable, "-m", "tuneward_cli", *arguments],
             capture_output=True,
             text=True,
             timeout=timeout,

@@ -27,6 +27,17 @@ def command() -> Iterator[Command]:
 
 
 @pytest.fixture
+def fresh() -> Iterator[Path]:
+    """A home without a cluster, and nothing left of it afterwards."""
+    home = Path(tempfile.mkdtemp(prefix="tuneward-e2e-"))
+    try:
+        yield home
+    finally:
+        Command(home).run("down", "--purge", timeout=120)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+@pytest.fixture
 def store(command: Command, tmp_path: Path) -> Path:
     """A workstation's, with the base model in it."""
     folder = tmp_path / "store"

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,22 +15,12 @@ from tests.support.wait import wait_for
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 
-@pytest.fixture
-def fresh() -> Iterator[Command]:
-    home = Path(tempfile.mkdtemp(prefix="tuneward-e2e-"))
-    try:
-        yield Command(home)
-    finally:
-        Command(home).run("down", "--purge", timeout=120)
-        shutil.rmtree(home, ignore_errors=True)
-
-
 @pytest.mark.parametrize("moment", ["… local Kubernetes", "… model server"])
-def test_ctrl_c_leaves_nothing_behind(fresh: Command, moment: str) -> None:
+def test_ctrl_c_leaves_nothing_behind(fresh: Path, moment: str) -> None:
     demo = subprocess.Popen(
         [sys.executable, "-m", "tuneward_cli", "demo", "--no-prompt"],
         cwd=ROOT,
-        env=fresh.environment(),
+        env=Command(fresh).environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -49,4 +36,4 @@ def test_ctrl_c_leaves_nothing_behind(fresh: Command, moment: str) -> None:
     assert demo.returncode == 130, "".join(said) + rest
     assert "the cluster was taken down" in rest
     assert "next: tuneward demo" in rest
-    wait_for(lambda: not processes_of(fresh.home), what="every process to end", timeout=20)
+    wait_for(lambda: not processes_of(fresh), what="every process to end", timeout=20)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.e2e.command import Command
+from tests.e2e.command import Command, Demo
 from tests.support.cluster import ROOT
 from tests.support.wait import wait_for
 
@@ -22,7 +22,9 @@ TRAINS = re.compile(r"step [3-9]/")
 EXAMPLE = ROOT / "examples" / "finetune.yaml"
 
 
-def test_train_is_interrupted_goes_on_and_ends_in_an_adapter(command: Command, store: Path) -> None:
+def test_train_is_interrupted_goes_on_and_ends_in_the_adapter_that_a_cluster_makes(
+    demo: Demo, command: Command, store: Path
+) -> None:
     train = [sys.executable, "-m", "tuneward_cli", "train", str(EXAMPLE), "--store", str(store)]
     log = store / "train.log"
     with log.open("w") as output:
@@ -44,6 +46,8 @@ def test_train_is_interrupted_goes_on_and_ends_in_an_adapter(command: Command, s
     report = json.loads(done.stdout)
     assert report["phase"] == "Succeeded"
     assert manifest.verify(Path(report["adapter"]).parent) == report["digest"]
+    # The same bytes: a served name ends in the digest's first digits.
+    assert report["servedName"].rpartition(":")[2] == demo.report["model"].rpartition(":")[2]
 
     heldout = json.loads((ROOT / "examples" / "lantern" / "heldout.jsonl").read_text().splitlines()[1])
     asked = (

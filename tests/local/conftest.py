@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from tests.local.machine import CAGED, ME, USERS, Machine, Namespace, User, machine
+from tests.support.wait import wait_for
 
 BY_USER = [pytest.param(user, id=user.name, marks=pytest.mark.slow if user is CAGED else ()) for user in USERS]
 """The third way to run containers is rarely taken and its tests repeat the others'."""
@@ -32,6 +33,26 @@ def separated(ns: Namespace) -> Namespace:
     if ns.machine.user.caged:
         pytest.skip("without namespaces readOnly, readOnlyRootFilesystem and runAsUser are not enforced")
     return ns
+
+
+@pytest.fixture(scope="module", params=BY_USER)
+def broken(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """The directory whose cluster the tests of one module break in turn."""
+    with machine(request.param) as made:
+        yield made
+
+
+@pytest.fixture
+def breakable(broken: Machine) -> Iterator[Machine]:
+    """A running cluster that the test may kill, or take down for good; it holds no container of another test."""
+    if not broken.alive():
+        broken.up()
+    wait_for(lambda: not broken.shims(), what="the containers of the test before to end")
+    yield broken
+    if broken.alive():
+        broken.cluster.kubectl(
+            "delete", "jobs,pods", "--all", "--all-namespaces", "--force", "--grace-period=0", "--wait=false"
+        )
 
 
 @pytest.fixture(params=BY_USER)

@@ -11,14 +11,18 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.support.cluster import BIN, BINARY, ROOT, Cluster
+import httpx
+from tests.support.api import Object, checked, client, path
+from tests.support.cluster import BIN, BINARY, ROOT, SANDBOX, Cluster
 from tests.support.wait import wait_for
 
 NOBODY = 65534
@@ -41,17 +45,14 @@ class User:
     bare: bool = False
     """On a machine where no Kubernetes has ever been: its usual folders are empty (needs root)."""
     caged: bool = False
-    """As root of an ordinary container: no mounts, no namespaces. Read-only and runAsUser are not enforced there."""
+    """In an ordinary Docker container: no mounts, no namespaces. Read-only and runAsUser are not enforced there."""
 
     def command(self, *arguments: str) -> list[str]:
         command = list(arguments)
         if self.uid is not None:
             command = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups", "--", *command]
         if self.caged:
-            # The limit holds for namespaces made in this one, not for the machine.
-            limits = "echo 0 > /proc/sys/user/max_user_namespaces"
-            drop = "setpriv --bounding-set=-sys_admin,-sys_chroot,-mknod --inh-caps=-all --"
-            command = ["unshare", "--user", "--map-root-user", "sh", "-c", f'{limits} && exec {drop} "$@"', "sh", *command]
+            command = [sys.executable, str(SANDBOX), *command]
         if self.bare:
             hide = " && ".join(f"mount -t tmpfs -o mode=755 none {folder}" for folder in HOST_FOLDERS)
             command = ["unshare", "-m", "--propagation", "private", "sh", "-c", f'{hide} && exec "$@"', "sh", *command]
@@ -111,6 +112,13 @@ class Machine:
     def server_pid(self) -> int:
         ready = json.loads((self.data / "ready").read_text())
         return int(ready["pid"])
+
+    def alive(self) -> bool:
+        return bool(self.started) and self.started[-1].poll() is None
+
+    def shims(self) -> list[int]:
+        """The parents of the containers that run."""
+        return [pid for pid, command in self.processes().items() if "tuneward-shim" in command.split(" ", 1)[0]]
 
     def signal_server(self, number: signal.Signals) -> None:
         """Sends a signal to the program and waits for its end; with SIGKILL that is a crash."""
@@ -209,7 +217,7 @@ def sh(script: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Namespace:
-    """kubectl in one namespace."""
+    """One namespace: kubectl in it, and without kubectl what tests ask again and again."""
 
     machine: Machine
     name: str
@@ -232,40 +240,62 @@ class Namespace:
             finally:
                 process.terminate()
 
+    @cached_property
+    def api(self) -> httpx.Client:
+        return client(self.machine.cluster.kubeconfig)
+
     def create(self, *objects: Mapping[str, Any]) -> None:
-        document = {"apiVersion": "v1", "kind": "List", "items": list(objects)}
-        self.kubectl("create", "-f", "-", stdin=json.dumps(document))
+        for body in objects:
+            checked(self.api.post(path(body["kind"], self.name), json=body))
 
-    def get(self, *arguments: str) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.kubectl("get", *arguments, "-o", "json"))
-        return found
+    def get(self, kind: str, name: str) -> Object:
+        return checked(self.api.get(path(kind, self.name, name)))
 
-    def logs(self, name: str, *arguments: str) -> str:
-        return self.kubectl("logs", name, *arguments)
+    def list(self, kind: str, **selectors: str) -> list[Object]:
+        """`labelSelector` or `fieldSelector` choose."""
+        items: list[Object] = checked(self.api.get(path(kind, self.name), params=selectors))["items"]
+        return items
 
-    def await_pod(self, name: str, phase: str, timeout: float = 60) -> dict[str, Any]:
+    def logs(self, name: str, **options: str | int) -> str:
+        """`tailLines`, `previous`, …: what the API server's log subresource takes."""
+        answer = self.api.get(path("Pod", self.name, name, "log"), params=options)
+        assert answer.is_success, answer.text
+        return answer.text
+
+    def await_pod(self, name: str, phase: str, timeout: float = 60) -> Object:
         """The pod once it has the phase; any other end of it, or the deadline, shows the pod and its events."""
 
-        def reached() -> dict[str, Any] | None:
-            found = self.get("pod", name)
+        def reached() -> Object | None:
+            found = self.get("Pod", name)
             now = found["status"].get("phase")
             if now != phase and now in ("Succeeded", "Failed"):
                 raise AssertionError(f"{name} is {now}, not {phase}: {self.describe(name)}")
             return found if now == phase else None
 
+        return self._await(reached, name, f"pod {name} to be {phase}", timeout)
+
+    def await_ready(self, name: str) -> Object:
+        def ready() -> Object | None:
+            found = self.get("Pod", name)
+            conditions = found["status"].get("conditions", [])
+            return found if {"Ready": "True"} in [{one["type"]: one["status"]} for one in conditions] else None
+
+        return self._await(ready, name, f"pod {name} to be ready", 60)
+
+    def await_job(self, name: str, condition: str, timeout: float = 60) -> Object:
+        def reached() -> Object | None:
+            found = self.get("Job", name)
+            return found if condition in [one["type"] for one in found["status"].get("conditions", [])] else None
+
+        return wait_for(reached, what=f"Job {name} to be {condition}", timeout=timeout)
+
+    def _await(self, reached: Callable[[], Object | None], name: str, what: str, timeout: float) -> Object:
         try:
-            return wait_for(reached, what=f"pod {name} to be {phase}", timeout=timeout, interval=0.1)
+            return wait_for(reached, what=what, timeout=timeout)
         except AssertionError as failure:
             raise AssertionError(f"{failure}\n{self.describe(name)}") from None
 
-    def await_ready(self, name: str) -> dict[str, Any]:
-        try:
-            self.kubectl("wait", "--for=condition=Ready", "--timeout=60s", f"pod/{name}", timeout=70)
-        except AssertionError as failure:
-            raise AssertionError(f"{failure}\n{self.describe(name)}") from None
-        return self.get("pod", name)
-
-    def finish(self, *objects: dict[str, Any]) -> str:
+    def finish(self, *objects: Mapping[str, Any]) -> str:
         """Creates the objects, waits until the pod, the last of them, succeeded, and returns its log."""
         self.create(*objects)
         name = objects[-1]["metadata"]["name"]

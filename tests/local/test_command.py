@@ -4,66 +4,73 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 
 import pytest
-from tests.local.machine import Machine
+from tests.local.conftest import BY_USER
+from tests.local.machine import Machine, machine
 
 pytestmark = pytest.mark.cluster
 
 
-def test_up_detached_returns_when_the_cluster_is_usable(own: Machine) -> None:
+@pytest.fixture(scope="module", params=BY_USER)
+def alive(request: pytest.FixtureRequest) -> Iterator[Machine]:
+    """A running control plane, by each user in turn."""
+    with machine(request.param) as made:
+        assert made.run("status").returncode == 3
+        made.up("--control-plane-only", "--log", str(made.data.parent / "elsewhere.log"))
+        yield made
+
+
+def test_up_detached_returns_when_the_cluster_is_usable_and_down_ends_it(own: Machine) -> None:
     done = own.run("up", "--control-plane-only", "--detach", "--no-fsync", timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"ready {own.data / 'kubeconfig'}\n"
     assert own.cluster.kubectl("get", "serviceaccount", "default", "-o", "name") == "serviceaccount/default\n"
     assert own.cluster.kubectl("get", "nodes", "-o", "name") == ""
     assert own.cluster.kubectl("config", "current-context") == "tuneward\n"
-
-
-def test_up_detached_outlives_what_started_it_and_down_ends_it(own: Machine) -> None:
-    assert own.run("up", "--control-plane-only", "--detach", timeout=120).returncode == 0
     assert own.server_pid() in own.processes()
     own.down()
     assert own.processes() == {}
 
 
-def test_ready_names_process_and_address(own: Machine) -> None:
-    pid = own.up("--control-plane-only")
-    ready = json.loads((own.data / "ready").read_text())
-    assert ready["pid"] == pid
+def test_ready_names_process_and_address(alive: Machine) -> None:
+    ready = json.loads((alive.data / "ready").read_text())
+    assert ready["pid"] == alive.server_pid()
     assert ready["apiURL"].startswith("https://127.0.0.1:")
     assert ready["version"] == "v1.36.3"
     assert {"startedAt", "way"} <= set(ready)
 
 
-def test_status_follows_the_life_of_a_cluster(own: Machine) -> None:
-    assert own.run("status").returncode == 3
-    pid = own.up("--control-plane-only")
-    shown = own.run("status", "--output", "json")
+def test_status_tells_what_runs(alive: Machine) -> None:
+    shown = alive.run("status", "--output", "json")
     assert shown.returncode == 0, shown.stderr
     status = json.loads(shown.stdout)
-    assert (status["running"], status["pid"], status["nodes"]) == (True, pid, 0)
-    assert status["kubeconfig"] == str(own.data / "kubeconfig")
-    own.signal_server(signal.SIGKILL)
-    ended = own.run("status", "--output", "json")
+    assert (status["running"], status["pid"], status["nodes"]) == (True, alive.server_pid(), 0)
+    assert status["kubeconfig"] == str(alive.data / "kubeconfig")
+
+
+def test_a_second_start_in_the_same_directory_is_refused(alive: Machine) -> None:
+    refused = alive.run("up")
+    assert refused.returncode == 1
+    assert str(alive.data) in refused.stderr
+    assert len(refused.stderr.splitlines()) == 1
+
+
+def test_the_log_goes_where_it_is_told(alive: Machine) -> None:
+    assert (alive.data.parent / "elsewhere.log").stat().st_size > 0
+    assert not (alive.data / "local.log").exists()
+
+
+def test_a_restart_keeps_address_and_objects(alive: Machine) -> None:
+    address = json.loads((alive.data / "ready").read_text())["apiURL"]
+    alive.cluster.kubectl("create", "namespace", "kept")
+    alive.signal_server(signal.SIGKILL)
+    ended = alive.run("status", "--output", "json")
     assert (ended.returncode, json.loads(ended.stdout)["running"]) == (3, False)
-
-
-def test_a_restart_keeps_address_and_objects(own: Machine) -> None:
-    own.up("--control-plane-only")
-    address = json.loads((own.data / "ready").read_text())["apiURL"]
-    own.cluster.kubectl("create", "namespace", "kept")
-    own.signal_server(signal.SIGKILL)
-    own.up("--control-plane-only")
-    assert json.loads((own.data / "ready").read_text())["apiURL"] == address
-    assert own.cluster.kubectl("get", "namespace", "kept", "-o", "name") == "namespace/kept\n"
-
-
-def test_the_log_goes_where_it_is_told(mine: Machine) -> None:
-    log = mine.data.parent / "elsewhere.log"
-    mine.up("--control-plane-only", "--log", str(log))
-    assert log.stat().st_size > 0
-    assert not (mine.data / "local.log").exists()
+    alive.up("--control-plane-only", "--log", str(alive.data.parent / "elsewhere.log"))
+    assert json.loads((alive.data / "ready").read_text())["apiURL"] == address
+    assert alive.cluster.kubectl("get", "namespace", "kept", "-o", "name") == "namespace/kept\n"
 
 
 def test_down_of_what_does_not_run_is_no_error(own: Machine) -> None:

@@ -101,7 +101,7 @@ def test_a_failing_liveness_probe_restarts_the_container(ns: Namespace) -> None:
 
 
 def restarts(ns: Namespace, name: str) -> int:
-    statuses = ns.get("pod", name)["status"].get("containerStatuses") or [{"restartCount": 0}]
+    statuses = ns.get("Pod", name)["status"].get("containerStatuses") or [{"restartCount": 0}]
     return int(statuses[0]["restartCount"])
 
 
@@ -120,8 +120,8 @@ def deployment(name: str, replicas: int) -> dict[str, Any]:
 def test_a_deployment_answers_behind_the_address_of_its_service(ns: Namespace) -> None:
     ns.create(deployment("web", 2), service("web", {"app": "web"}))
     ns.kubectl("rollout", "status", "deployment/web", "--timeout=60s", timeout=70)
-    address = ns.get("service", "web")["spec"]["clusterIP"]
-    names = {item["metadata"]["name"] for item in ns.get("pods", "-l", "app=web")["items"]}
+    address = ns.get("Service", "web")["spec"]["clusterIP"]
+    names = {item["metadata"]["name"] for item in ns.list("Pod", labelSelector="app=web")}
     seen = set()
 
     def all_answered() -> bool:
@@ -155,7 +155,7 @@ for name in {names}:
 def test_a_service_follows_its_pods(ns: Namespace) -> None:
     ns.create(server("first"), service("web", {"role": "web"}))
     ns.await_ready("first")
-    address = ns.get("service", "web")["spec"]["clusterIP"]
+    address = ns.get("Service", "web")["spec"]["clusterIP"]
     assert fetched(f"http://{address}:{PORT}/") is None
     ns.kubectl("label", "pod", "first", "role=web")
     wait_for(lambda: fetched(f"http://{address}:{PORT}/") == "first\n", what="the first pod's answer")
@@ -172,7 +172,7 @@ def test_a_service_that_cannot_answer_says_why(ns: Namespace) -> None:
     low = service("low", {"app": "none"})
     low["spec"]["ports"] = [{"port": 80}]
     ns.create(low)
-    seen = wait_for(lambda: ns.get("events", "--field-selector=involvedObject.name=low")["items"], what="the event")
+    seen = wait_for(lambda: ns.list("Event", fieldSelector="involvedObject.name=low"), what="the event")
     assert "use a port above 1023" in seen[0]["message"]
 
 
@@ -211,14 +211,14 @@ else:
 def test_the_workers_of_an_indexed_job_meet_by_name(ns: Namespace) -> None:
     """Before either is ready: publishNotReadyAddresses is how the ranks of a gang find their leader."""
     ns.create(service("gang", {"gang": "gang"}, clusterIP="None", publishNotReadyAddresses=True), gang("gang", MEET))
-    ns.kubectl("wait", "--for=condition=Complete", "--timeout=60s", "job/gang", timeout=70)
+    ns.await_job("gang", "Complete")
     assert "hello" in ns.kubectl("logs", "-l", "gang=gang", "--tail=-1")
 
 
 def test_logs_are_followed_to_the_end(ns: Namespace) -> None:
     ns.create(pod("talks", sh("for i in 1 2 3; do echo $i; sleep 0.3; done; printf last")))
     ns.await_pod("talks", "Running")
-    assert ns.logs("talks", "-f") == "1\n2\n3\nlast"
+    assert ns.kubectl("logs", "-f", "talks") == "1\n2\n3\nlast"
 
 
 def test_exec_runs_inside_with_input_output_and_exit_code(ns: Namespace) -> None:
@@ -289,7 +289,7 @@ def test_gpus_are_given_to_one_pod_at_a_time(ns: Namespace) -> None:
     ns.create(gpu_pod("two", 2, "exec sleep 600"))
     ns.await_pod("two", "Running")
     ns.create(gpu_pod("more", 2, "true"))
-    wait_for(lambda: "Insufficient nvidia.com/gpu" in json.dumps(ns.get("pod", "more")["status"]), what="the refusal")
+    wait_for(lambda: "Insufficient nvidia.com/gpu" in json.dumps(ns.get("Pod", "more")["status"]), what="the refusal")
     ns.finish(gpu_pod("one", 1, "true"))
     ns.kubectl("delete", "pod", "two")
     ns.await_pod("more", "Succeeded")

@@ -81,7 +81,7 @@ def test_the_environment_names_pod_address_and_resources(ns: Namespace) -> None:
         ],
     }
     said = ns.finish(pod("env", sh("echo $POD_IP $POD_UID $HOST_IP $LABEL $LIMIT; hostname"), container=container))
-    seen = ns.get("pod", "env")
+    seen = ns.get("Pod", "env")
     assert said.split() == [
         seen["status"]["podIP"], seen["metadata"]["uid"], "127.0.0.1", "env", str(128 << 20), "env",
     ]  # fmt: skip
@@ -255,7 +255,7 @@ def test_a_container_that_fails_starts_again(ns: Namespace) -> None:
     )
     wait_for(lambda: container_of(ns.await_pod("again", "Running"))["restartCount"] == 1, what="the restart")
     wait_for(lambda: ns.logs("again") == "second\n", what="the log of the second life")
-    assert ns.logs("again", "--previous") == "first\n"
+    assert ns.logs("again", previous="true") == "first\n"
 
 
 def test_processes_die_with_the_first_of_their_container(ns: Namespace) -> None:
@@ -265,6 +265,6 @@ def test_processes_die_with_the_first_of_their_container(ns: Namespace) -> None:
 
 
 def waiting_message(ns: Namespace, name: str) -> str | None:
-    statuses = ns.get("pod", name)["status"].get("containerStatuses") or [{}]
+    statuses = ns.get("Pod", name)["status"].get("containerStatuses") or [{}]
     message: str | None = statuses[0].get("state", {}).get("waiting", {}).get("message")
     return message

@@ -1,11 +1,13 @@
 """The runtime's three ways of making containers, each with what a training asks of it.
 
-The other modules run on whatever way the machine allows; here each is chosen, so that a machine with all
-privileges also proves the way of an ordinary Docker container, where no namespace is allowed.
+The other modules run on whatever way the machine allows, and break the two with namespaces (test_faults); here each
+is chosen, so that a machine with all privileges also proves the way of an ordinary Docker container, where no
+namespace is allowed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -20,22 +22,28 @@ from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.pods
 
-WAYS = (["root"] if os.geteuid() == 0 else []) + ["userns", "notify"]
-
 
 @dataclass(frozen=True)
 class By(User):
-    """Us, by one way."""
+    """Us, by the way of that name; the third is the one that an ordinary container leaves."""
 
     def environment(self, home: Path) -> dict[str, str]:
-        return {**super().environment(home), "TUNEWARD_LOCAL_WAY": self.name}
+        known = super().environment(home)
+        return known if self.caged else {**known, "TUNEWARD_LOCAL_WAY": self.name}
 
 
-@pytest.fixture(scope="module", params=WAYS)
+WAYS = [By("root")] * (os.geteuid() == 0) + [By("userns"), By("notify", caged=True)]
+
+
+@pytest.fixture(scope="module", params=WAYS, ids=lambda by: by.name)
 def made(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    with machine(By(request.param)) as started:
+    with machine(request.param) as started:
         started.up()
         yield started
+
+
+def test_the_way_is_said(made: Machine) -> None:
+    assert json.loads((made.data / "ready").read_text())["way"] == made.user.name
 
 
 @pytest.fixture
@@ -88,11 +96,12 @@ def test_a_gang_trains_over_gloo_in_restricted_pods_on_a_shared_store(ns: Namesp
     template = {"metadata": {"labels": {"app": "gang"}}, "spec": worker["spec"]}
     spec = {"completionMode": "Indexed", "completions": 2, "parallelism": 2, "backoffLimit": 0, "template": template}
     ns.create({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "gang"}, "spec": spec})
-    ns.kubectl("wait", "--for=condition=Complete", "--timeout=120s", "job/gang", timeout=130)
+    ns.await_job("gang", "Complete", timeout=120)
     said = sorted(ns.kubectl("logs", "-l", "app=gang").splitlines())
     assert said == [f"gang-{rank} 3.0 /mnt/run/checkpoints {{}}" for rank in range(2)]
 
 
+@pytest.mark.parametrize("made", WAYS[-1:], indirect=True, ids=["notify"])
 def test_a_killed_shim_takes_the_whole_container_along(ns: Namespace) -> None:
     ns.create(pod("main", sh("sleep 7531 & exec sleep 7532")))
     ns.await_pod("main", "Running")
@@ -114,7 +123,7 @@ def test_many_pods_run_at_once_and_each_ends_with_its_children(ns: Namespace) ->
     spec = {"completions": count, "parallelism": count, "template": template}
     started = time.monotonic()
     ns.create({"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "many"}, "spec": spec})
-    ns.kubectl("wait", "--for=condition=Complete", "--timeout=240s", "job/many", timeout=250)
+    ns.await_job("many", "Complete", timeout=240)
     print(f"{count} pods in {time.monotonic() - started:.1f} s")
     assert not [command for command in ns.machine.processes().values() if command.startswith("sleep 7541")]
 
@@ -130,6 +139,7 @@ def test_exec_gives_a_terminal(ns: Namespace) -> None:
     assert "yes, main" in subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False).stdout
 
 
+@pytest.mark.parametrize("made", WAYS[-1:], indirect=True, ids=["notify"])
 def test_containers_run_on_and_are_adopted_after_a_kill(ns: Namespace) -> None:
     ns.create(
         pod(
@@ -146,6 +156,6 @@ def test_containers_run_on_and_are_adopted_after_a_kill(ns: Namespace) -> None:
     after = container_of(ns.await_pod("counts", "Running"))
     assert (after["containerID"], after["restartCount"]) == (before["containerID"], 0)
     seen = int(ns.kubectl("exec", "counts", "--", "cat", "/data/last"))
-    wait_for(lambda: int(ns.logs("counts", "--tail=1")) > seen, what="numbers of after the restart")
+    wait_for(lambda: int(ns.logs("counts", tailLines=1)) > seen, what="numbers of after the restart")
     numbers = [int(line) for line in ns.logs("counts").split()]
     assert numbers == list(range(1, len(numbers) + 1))

@@ -23,14 +23,14 @@ def with_store(name: str, script: str, mounts: list[dict[str, Any]], **spec: Any
 
 
 def directory_of(ns: Namespace, claim_name: str = "store") -> Path:
-    volume = ns.get("pvc", claim_name)["spec"]["volumeName"]
+    volume = ns.get("PersistentVolumeClaim", claim_name)["spec"]["volumeName"]
     source = json.loads(ns.kubectl("get", "pv", volume, "-o", "json"))["spec"]
     path = source.get("hostPath") or source.get("local")
     return Path(path["path"])
 
 
 def test_there_is_a_default_storage_class(ns: Namespace) -> None:
-    (found,) = ns.get("storageclass")["items"]
+    (found,) = json.loads(ns.kubectl("get", "storageclass", "-o", "json"))["items"]
     assert found["metadata"]["annotations"]["storageclass.kubernetes.io/is-default-class"] == "true"
     assert found["volumeBindingMode"] == "WaitForFirstConsumer"
 
@@ -38,7 +38,7 @@ def test_there_is_a_default_storage_class(ns: Namespace) -> None:
 @pytest.mark.parametrize("mode", ["ReadWriteOnce", "ReadWriteMany"])
 def test_a_claim_is_bound_once_a_pod_wants_it_and_keeps_what_is_written(ns: Namespace, mode: str) -> None:
     ns.create(claim("store", mode))
-    assert ns.get("pvc", "store")["status"]["phase"] == "Pending"
+    assert ns.get("PersistentVolumeClaim", "store")["status"]["phase"] == "Pending"
     mounts = [{"name": "store", "mountPath": "/mnt/store"}]
     ns.finish(with_store("writes", "echo kept > /mnt/store/file", mounts))
     assert ns.finish(with_store("reads", "cat /mnt/store/file", mounts)) == "kept\n"

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from tests.operator.world import Operators, World, client
+from tests.operator.world import Operators, World
+from tests.support.api import client
 from tests.support.cluster import Cluster
 
 

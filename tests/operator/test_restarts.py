@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from tests.operator.assassin import Assassin
-from tests.operator.world import Object, World, client, result, running
+from tests.operator.world import World, result, running
+from tests.support.api import Object, client
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.cluster

@@ -11,7 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
-from tests.operator.world import DIGEST, Object, World
+from tests.operator.world import DIGEST, World
+from tests.support.api import Object
 from tests.support.wait import wait_for
 
 from tuneward_api.files import AdapterProof, AgentReport, WantedAdapters

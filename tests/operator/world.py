@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import secrets
 import signal
-import ssl
 import subprocess
 import sys
-import tempfile
 import threading
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -19,44 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import yaml
+from tests.support.api import Object, checked, merge, path
 from tests.support.cluster import Cluster
 from tests.support.wait import wait_for
 
 from tuneward_api.names import API_VERSION, TRAINER_PORT
-
-Object = dict[str, Any]
-
-PATHS = {
-    "FineTuneJob": f"/apis/{API_VERSION}",
-    "FineTunedModel": f"/apis/{API_VERSION}",
-    "ModelServer": f"/apis/{API_VERSION}",
-    "Job": "/apis/batch/v1",
-    "Pod": "/api/v1",
-    "ConfigMap": "/api/v1",
-    "Service": "/api/v1",
-    "Event": "/api/v1",
-    "PersistentVolumeClaim": "/api/v1",
-}
 
 DIGEST = "sha256:" + "ab" * 32
 
 
 def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def client(kubeconfig: Path) -> httpx.Client:
-    """With the kubeconfig's certificate; the tests' own view of the cluster, not the operator's."""
-    config = yaml.safe_load(kubeconfig.read_text())
-    cluster, user = config["clusters"][0]["cluster"], config["users"][0]["user"]
-    authority = base64.b64decode(cluster["certificate-authority-data"]).decode()
-    context = ssl.create_default_context(cadata=authority)
-    with tempfile.NamedTemporaryFile(suffix=".pem") as pem:
-        pem.write(base64.b64decode(user["client-certificate-data"]) + b"\n" + base64.b64decode(user["client-key-data"]))
-        pem.flush()
-        context.load_cert_chain(pem.name)
-    return httpx.Client(base_url=cluster["server"], verify=context, trust_env=False, timeout=60)
 
 
 class Operators:
@@ -135,30 +105,24 @@ class World:
     # The API
 
     def path(self, kind: str, name: str = "", subresource: str = "") -> str:
-        plural = kind.lower() + "s"
-        parts = [PATHS[kind], "namespaces", self.namespace, plural, name, subresource]
-        return "/".join(part for part in parts if part)
+        return path(kind, self.namespace, name, subresource)
 
     def create(self, body: Object) -> Object:
-        return self._checked(self.api.post(self.path(body["kind"]), json=body))
+        return checked(self.api.post(self.path(body["kind"]), json=body))
 
     def find(self, kind: str, name: str) -> Object | None:
         answer = self.api.get(self.path(kind, name))
-        return None if answer.status_code == 404 else self._checked(answer)
+        return None if answer.status_code == 404 else checked(answer)
 
     def get(self, kind: str, name: str) -> Object:
-        return self._checked(self.api.get(self.path(kind, name)))
+        return checked(self.api.get(self.path(kind, name)))
 
     def list(self, kind: str, selector: str = "") -> list[Object]:
-        items: list[Object] = self._checked(self.api.get(self.path(kind), params={"labelSelector": selector}))["items"]
+        items: list[Object] = checked(self.api.get(self.path(kind), params={"labelSelector": selector}))["items"]
         return items
 
     def patch(self, kind: str, name: str, body: Object, *, subresource: str = "", manager: str = "somebody") -> Object:
-        headers = {"Content-Type": "application/merge-patch+json"}
-        path = self.path(kind, name, subresource)
-        return self._checked(
-            self.api.patch(path, params={"fieldManager": manager}, content=json.dumps(body), headers=headers)
-        )
+        return merge(self.api, self.path(kind, name, subresource), body, manager=manager)
 
     def delete(self, kind: str, name: str, *, now: bool = False) -> None:
         body: Object = {"propagationPolicy": "Background"}
@@ -166,12 +130,6 @@ class World:
             body["gracePeriodSeconds"] = 0
         answer = self.api.request("DELETE", self.path(kind, name), json=body)
         assert answer.status_code in (200, 202, 404), answer.text
-
-    @staticmethod
-    def _checked(answer: httpx.Response) -> Object:
-        assert answer.is_success, f"{answer.request.method} {answer.request.url}: {answer.text}"
-        found: Object = answer.json()
-        return found
 
     # The operator
 

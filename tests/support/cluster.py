@@ -14,9 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.api import checked, client, path
+from tests.support.wait import wait_for
+
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".build" / "bin"
 BINARY = BIN / "tuneward-local"
+SANDBOX = Path(__file__).parent / "sandbox.py"
 
 
 @dataclass(frozen=True)
@@ -48,9 +52,13 @@ class Cluster:
         return found
 
     def namespace(self) -> str:
-        """A fresh one; nobody waits for its deletion, which takes seconds."""
+        """A fresh one that pods can be made in; nobody waits for its deletion, which takes seconds."""
         name = f"t-{secrets.token_hex(4)}"
-        self.kubectl("create", "namespace", name)
+        with client(self.kubeconfig) as api:
+            body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
+            checked(api.post("/api/v1/namespaces", json=body))
+            account = path("ServiceAccount", name, "default")
+            wait_for(lambda: api.get(account).is_success, what=f"the service account of {name}", interval=0.02)
         return name
 
 

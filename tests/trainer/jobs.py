@@ -22,13 +22,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from tuneward_api import manifest
 from tuneward_api.files import Base, Data, Images, JobRef, Plan, Prepared, Request, Result
-from tuneward_api.finetunejob import (
-    FineTuneJobSpec,
-    ResolvedData,
-    ResolvedHyperparameters,
-    ResolvedMethod,
-    ResolvedPacking,
-)
+from tuneward_api.finetunejob import FineTuneJobSpec
+from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_trainer import patches, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, DocumentWriter
 from tuneward_trainer.model import model_class

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from tests.trainer.jobs import TARGETS, VOCABULARY, make_data, make_model
 
-from tuneward_api.finetunejob import ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import TRAINING, Documents

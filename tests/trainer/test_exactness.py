@@ -15,7 +15,7 @@ from tests.trainer.jobs import Gang, Job, make_job, step_lines, train
 from transformers import LlamaForCausalLM
 
 from tuneward_api.files import Proof
-from tuneward_api.finetunejob import ResolvedPacking
+from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import rundir
 from tuneward_trainer.proof import logprobs
 

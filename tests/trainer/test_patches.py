@@ -13,7 +13,7 @@ from tests.trainer.jobs import make_model, tiny_config
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tuneward_api.finetunejob import ResolvedPacking
+from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import attention, patches, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.model import ModelUnsupportedError, load_base, model_class, target_linears

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tuneward_api import manifest, names
-from tuneward_api.finetunejob import ResolvedPacking
+from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import defaults, prepare, store, verify
 from tuneward_trainer.__main__ import main
 from tuneward_trainer.model import ModelUnsupportedError

@@ -9,8 +9,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method, ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
 from tuneward_api.objective import ObjectiveType, ResolvedObjective, kind_of
+from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import packing
 from tuneward_trainer.data.build import Summary
 from tuneward_trainer.data.fit import OnTooLong

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tuneward_api.finetunejob import ResolvedMethod
+from tuneward_api.resolved import ResolvedMethod
 
 ADAPTER: Final = "default"
 NEVER_ADAPTED: Final = re.compile(r"(^|\.)(router|gate|shared_expert_gate|vision\w*|visual|multi_modal_projector)(\.|$)")

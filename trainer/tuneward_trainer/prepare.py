@@ -19,9 +19,11 @@ from pydantic import ValidationError
 
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
+from tuneward_api.datasets import Dataset, Datasets
 from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request, termination_message
-from tuneward_api.finetunejob import Dataset, Datasets, Hyperparameters, Method, ResolvedData, ResolvedPacking
+from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
+from tuneward_api.resolved import ResolvedData, ResolvedPacking
 from tuneward_api.uris import parse_uri
 from tuneward_trainer import defaults, models
 from tuneward_trainer.data.build import ERRORS, DataError, Summary, build

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneward_api.finetunejob import ResolvedHyperparameters
+from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer import packing
 
 FLOOR: Final = 0.1

@@ -26,8 +26,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-from tuneward_api.finetunejob import ResolvedMethod, ResolvedPacking
 from tuneward_api.manifest import write_synced
+from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
 from tuneward_trainer import attention, batch, patches
 from tuneward_trainer.batch import collate
 from tuneward_trainer.losses import cross_entropy

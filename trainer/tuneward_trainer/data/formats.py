@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
-from tuneward_api.finetunejob import DataFormat
+from tuneward_api.datasets import DataFormat
 from tuneward_trainer.data.messages import Weighed, read_message, read_messages, text_of, tools_of
 from tuneward_trainer.data.problems import SampleError, show
 
