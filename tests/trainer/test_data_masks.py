@@ -153,9 +153,9 @@ def test_every_assistant_turn_is_learnt_with_its_stop_token(tokenizer: Any) -> N
         pytest.param(
             OPENS_THINK,
             "Assistant",
-            ["user: a", "assistant: b"],
-            [[(False, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"), (True, "b<|im_end|>")]],
-            id="a generation prompt with more than the answer has",
+            ["user: a", "assistant: <think>\nr</think>b"],
+            [[(False, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n"), (True, "r</think>b<|im_end|>")]],
+            id="a generation prompt that opens the answer",
         ),
         pytest.param(
             TRAILING_SPACE,
@@ -255,6 +255,11 @@ CALL = {"type": "function", "function": {"name": "clock", "arguments": '{"zone":
         (None, chat("user: a"), "messages has no assistant turn"),
         (None, chat("user: a", "-assistant: b"), "messages has nothing to learn: every assistant turn has weight 0"),
         (None, chat("assistant: b", "user: a"), "messages[0] is an assistant turn that follows nothing"),
+        (
+            OPENS_THINK,
+            chat("user: a", "assistant: b"),
+            'messages[1] cannot be learnt: it is asked for behind "<|im_start|>assistant\\n<think>\\n", which the rendered',
+        ),
         (ALTERNATES, chat("user: a", "user: b", "assistant: c"), "roles must alternate user/assistant/user/assistant"),
         ("", chat("user: a", "assistant: b"), "messages needs a chat template, and the model has none"),
     ],
@@ -271,7 +276,8 @@ def oracle(tokenizer: Any, messages: list[dict[str, Any]]) -> list[tuple[list[in
     for index, message in enumerate(messages):
         if message["role"] == "assistant":
             prompt = tokenizer.apply_chat_template(messages[:index], add_generation_prompt=True, tokenize=False)
-            answer = tokenizer.encode(message["content"] + "<|im_end|>", add_special_tokens=False)
+            said = message["content"].removeprefix("<think>\n")
+            answer = tokenizer.encode(said + "<|im_end|>", add_special_tokens=False)
             pairs.append((tokenizer.encode(prompt, add_special_tokens=False), answer))
     return pairs
 
@@ -281,9 +287,12 @@ def test_masks_against_naive_rendering_of_each_prefix(tokenizer: Any, template: 
     dice = random.Random(str(template))
     words = ["né", "  two spaces", "\nline", "日本", "🙂🙂", "12 34", "", "<b>", "don't", " ", "\u2028", "x" * 30, "e\u0301"]
     own = encoder(tokenizer, template)
-    opened = tokenizer.encode("<think>\n" if template == OPENS_THINK else "", add_special_tokens=False)
+    opened = "<think>\n" if template == OPENS_THINK else ""
     for _ in range(60):
-        turns = [f"user: {dice.choice(words)}{dice.choice(words)}", f"assistant: {dice.choice(words)}w{dice.choice(words)}"]
+        turns = [
+            f"user: {dice.choice(words)}{dice.choice(words)}",
+            f"assistant: {opened}{dice.choice(words)}w{dice.choice(words)}",
+        ]
         turns = ["system: s"] * dice.randint(0, 1) + turns * dice.randint(1, 3)
         sample = chat(*turns)
         assert isinstance(sample, formats.Chat)
@@ -293,7 +302,7 @@ def test_masks_against_naive_rendering_of_each_prefix(tokenizer: Any, template: 
             for start, end in runs(document.weights)
         ]
         pairs = oracle(templated(tokenizer, template), sample.messages)
-        assert spans == [(prompt[: len(prompt) - len(opened)], answer) for prompt, answer in pairs]
+        assert spans == pairs
 
 
 def runs(weights: list[float]) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ from tuneward_trainer.store import Places, alone, make_directory
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
-_CACHE_VERSION: Final = 2
+_CACHE_VERSION: Final = 3
 """Raised when the same bytes would give other tokens or masks."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 

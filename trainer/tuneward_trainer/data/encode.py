@@ -11,13 +11,17 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
+
+from jinja2 import TemplateError
 
 from tuneward_trainer.data.formats import Sample
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, Rendered, Renderer, Template
 
 Offsets: TypeAlias = list[tuple[int, int]]
+_TAILS: Final = 4096
+"""Ends of prompts whose tokens are remembered."""
 
 
 @dataclass(frozen=True)
@@ -46,22 +50,38 @@ def chat_template(tokenizer: Any) -> Template | None:
     if not tokenizer.chat_template:
         return None
 
-    def template(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        text = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False)
-        return str(text)
+    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
 
-    return template
+    def render_parts(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
+        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
+        return render(parts, tools, prompt)
+
+    return render_parts if _reads_parts_only(render, render_parts) else render
+
+
+def _reads_parts_only(render: Template, render_parts: Template) -> bool:
+    """Whether a template, as some of models that see, renders a list of parts and nothing of a plain text."""
+    probe = [{"role": "user", "content": "Tuneward"}]
+    found = []
+    for way in (render, render_parts):
+        try:
+            found.append("Tuneward" in way(probe, None, False))
+        except (TemplateError, TypeError, KeyError, ValueError, AttributeError):
+            found.append(False)
+    return found == [False, True]
 
 
 class Encoder:
-    """A tokenizer and its chat template. `stops` are ids that end a turn beside the tokenizer's special tokens."""
+    """A tokenizer and its chat template. `stops` are ids at which generation ends, beside the tokenizer's own eos."""
 
     def __init__(self, tokenizer: Any, loss_on: LossOn, stops: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._renderer = Renderer(chat_template(tokenizer), loss_on)
         self._eos: int | None = tokenizer.eos_token_id
-        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._stops = special | set(stops) | ({self._eos} - {None})
+        self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._stops = set(stops) | ({self._eos} - {None})
+        self._tails: dict[str, list[int]] = {}
         first = tokenizer("").input_ids[:1]
         self._lead: list[int] = [first[0]] if first and first[0] == tokenizer.bos_token_id else []
         # Tokenizers of the SentencePiece kind put a space before whatever they encode: parts cannot be joined.
@@ -146,7 +166,8 @@ class Encoder:
         if start in tokens.cuts:
             return tokens.cuts[start]
         index = bisect_left(tokens.offsets, start + 1, key=lambda span: span[1])
-        if index < len(tokens.ids) and tokens.offsets[index][0] == tokens.offsets[index - 1][1] == start:
+        begins = index < len(tokens.ids) and tokens.offsets[index][0] == tokens.offsets[index - 1][1] == start
+        if begins and self._encodes_alone(text, tokens, start, index):
             return index
         # Some tokenizers leave spaces out of their offsets: only the encoding of the prompt tells.
         prompt = (self._lead if text.raw else []) + self._plain([text.text[:start]])[0].ids
@@ -154,17 +175,34 @@ class Encoder:
             return len(prompt)
         if self._joins:
             raise _NeedsApartError
-        return index + 1
+        return index if begins else index + 1
+
+    def _encodes_alone(self, text: Rendered, tokens: _Tokens, start: int, index: int) -> bool:
+        """Whether the prompt alone has the same tokens. Special tokens part a text, so only what stands behind the last
+        of them is encoded, which is nearly always the same few characters."""
+        first = next((i + 1 for i in range(index - 1, -1, -1) if tokens.ids[i] in self._special), 0)
+        if not first or not self._joins:
+            return False
+        tail = text.text[tokens.offsets[first - 1][1] : start]
+        if tail not in self._tails:
+            if len(self._tails) == _TAILS:
+                self._tails.clear()
+            self._tails[tail] = self._plain([tail])[0].ids
+        return tokens.ids[first:index] == self._tails[tail]
 
     def _after_stop(self, text: Rendered, tokens: _Tokens, first: int, last: int) -> int | None:
-        """Index after the stop token that ends the turn; None if none does. Space after it is the template's."""
+        """Index after the token that ends the turn, None if none does: among the special tokens at the end, with what
+        space the template puts between them, the first at which generation ends, else the last."""
+        ends, stops = [], []
         for index in range(last - 1, first - 1, -1):
-            if tokens.ids[index] in self._stops:
-                return index + 1
             start, end = tokens.offsets[index]
-            if text.text[start:end].strip():
-                return None
-        return None
+            if tokens.ids[index] in self._stops:
+                stops.append(index + 1)
+            elif tokens.ids[index] in self._special:
+                ends.append(index + 1)
+            elif text.text[start:end].strip():
+                break
+        return stops[-1] if stops else ends[0] if ends else None
 
 
 def _join(parts: list[tuple[int, _Tokens]], lead: list[int]) -> _Tokens:

@@ -2,7 +2,8 @@
 
 A conversation is one text where the template only ever appends: then each turn's prompt, as an engine would render it,
 is a prefix of the whole. Where a template changes earlier turns (drops their reasoning, closes only the last), every
-learnt turn becomes a text of its own, cut after it, so that the model sees what it will see at inference.
+learnt turn becomes a text of its own, cut after it, so that the model sees what it will see at inference. An answer that
+would not stand behind the prompt that asks for it is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final, Literal, TypeAlias
 from jinja2 import TemplateError
 
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
-from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.problems import SampleError, show
 
 LossOn: TypeAlias = Literal["Assistant", "LastAssistant", "All"]
 Span: TypeAlias = tuple[int, int]
@@ -77,12 +78,13 @@ class Renderer:
 
     def _chat(self, chat: Chat, *, apart: bool) -> list[Rendered]:
         if self._template is None:
-            raise SampleError("messages", "needs a chat template, and the model has none", _NO_TEMPLATE)
+            raise SampleError(chat.field, "needs a chat template, and the model has none", _NO_TEMPLATE)
         conversation = _Conversation(chat, self._template)
-        conversation.check_fields()
         if self._loss_on == "All":
+            conversation.check_fields(len(chat.messages))
             return [conversation.everything()]
         learnt = self._learnt(chat)
+        conversation.check_fields(learnt[-1] + 1)
         if not apart and (whole := conversation.as_one(learnt)):
             return [whole]
         return [conversation.turn(index, cut=apart) for index in learnt]
@@ -91,11 +93,11 @@ class Renderer:
         """Turns with a loss."""
         assistant = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
         if not assistant:
-            raise SampleError("messages", "has no assistant turn, so nothing to learn", "at least one assistant turn")
+            raise SampleError(chat.field, "has no assistant turn, so nothing to learn", "at least one assistant turn")
         chosen = [i for i in (assistant[-1:] if self._loss_on == "LastAssistant" else assistant) if chat.weights[i]]
         if not chosen:
             which = "the last assistant turn" if self._loss_on == "LastAssistant" else "every assistant turn"
-            raise SampleError("messages", f"has nothing to learn: {which} has weight 0", "at least one turn of weight 1")
+            raise SampleError(chat.field, f"has nothing to learn: {which} has weight 0", "at least one turn of weight 1")
         return chosen
 
 
@@ -129,7 +131,7 @@ class _Conversation:
             return self._template(messages, tools, prompt)
         except (TemplateError, TypeError, KeyError, ValueError, AttributeError) as error:
             raise SampleError(
-                "messages", f"is refused by the model's chat template ({error})", "the turns that this template renders"
+                self.chat.field, f"is refused by the model's chat template ({error})", "the turns that this template renders"
             ) from error
 
     def as_one(self, learnt: list[int]) -> Rendered | None:
@@ -141,27 +143,52 @@ class _Conversation:
             before, after = self.upto(index, prompt=True), self.upto(index + 1)
             if not (whole.startswith(before) and whole.startswith(after) and after.startswith(before)):
                 return None
+            self._must_hold(index, before, after)
             spans.append((len(before), len(after)))
         return Rendered(whole, tuple(spans))
 
     def turn(self, index: int, *, cut: bool) -> Rendered:
         """The conversation up to turn `index`, which alone is learnt."""
         self._must_follow_something(index)
-        text, start = self.upto(index + 1), self._start(index)
-        return Rendered(text, ((start, len(text)),), parts=(start,) if cut else ())
+        text, before = self.upto(index + 1), self.upto(index, prompt=True)
+        if not text.startswith(before):
+            text = self._continued(index, text, before)
+        else:
+            self._must_hold(index, before, text)
+        return Rendered(text, ((len(before), len(text)),), parts=(len(before),) if cut else ())
 
-    def _start(self, index: int) -> int:
-        """Where the answer begins: after the generation prompt. Some templates put more into that than into a
-        recorded answer (an opened or empty <think>): then after what the two share."""
-        text, before, history = self.upto(index + 1), self.upto(index, prompt=True), self.upto(index)
-        content = text.find(self.chat.messages[index]["content"].strip(), len(history))
-        if content < 0 or not text.startswith(history):
-            raise SampleError(
-                self.chat.path(index),
-                "cannot be learnt: the chat template renders what stands before it differently once it is answered",
-                "a chat template whose prompt is the beginning of the answered conversation",
-            )
-        return len(before) if text.startswith(before) else max(len(history), min(_shared(text, before), content))
+    def _continued(self, index: int, text: str, before: str) -> str:
+        """What the template drops from answers (DeepSeek R1's thoughts) is learnt where the content goes on from what the
+        prompt opens: then the content stands behind the prompt as the model must say it, and what ends it is kept."""
+        content: str = self.chat.messages[index]["content"].strip()
+        opened = _opened(before)
+        last = content.rpartition("\n")[2]
+        end = text.rfind(last) + len(last)
+        if not opened.strip() or not content.startswith(opened.strip()) or end < len(self.upto(index)):
+            raise self._asked_otherwise(index, text, before)
+        said = content.removeprefix(opened.strip())
+        return before + (said.lstrip() if opened[-1].isspace() else said) + text[end:]
+
+    def _asked_otherwise(self, index: int, text: str, before: str) -> SampleError:
+        """The model would be trained behind another prompt than it is asked with."""
+        history = self.upto(index)
+        if text.startswith(history) and before.startswith(history):
+            asked = show(before[len(history) :])
+            seen = f"cannot be learnt: it is asked for behind {asked}, which the rendered answer does not begin with"
+        else:
+            seen = "cannot be learnt: the chat template renders what stands before it differently once it is answered"
+        return SampleError(
+            self.chat.path(index),
+            seen,
+            "answers that begin as they are asked for: with reasoning_content, or with the thought in the content",
+        )
+
+    def _must_hold(self, index: int, before: str, text: str) -> None:
+        """The turn's content is all in what is learnt, but for what the prompt opens; templates trim it, and some put
+        thoughts on lines of their own."""
+        content, answer = _bare(self.chat.messages[index]["content"]), _bare(text[len(before) :])
+        if content not in answer and content.removeprefix(_bare(_opened(before))) not in answer:
+            raise SampleError(f"{self.chat.path(index)}.content", "reaches the text only in part", _CUT)
 
     def everything(self) -> Rendered:
         """lossOn All: the whole text but the assistant turns of weight 0."""
@@ -184,13 +211,14 @@ class _Conversation:
         if index == 0:
             raise SampleError(self.chat.path(0), "is an assistant turn that follows nothing", "a user turn before it")
 
-    def check_fields(self) -> None:
-        """A field that does not reach the text would silently not be learnt: refuse it."""
-        messages, tools = self.chat.messages, self.chat.tools
-        if tools and self._is_same(len(messages), messages, None):
+    def check_fields(self, count: int) -> None:
+        """A field that does not reach the text of the first `count` messages would silently not be learnt: refuse it."""
+        messages, tools = self.chat.messages[:count], self.chat.tools
+        whole = self.upto(count)
+        if tools and self._is_same(count, messages, None):
             raise SampleError("tools", _IGNORED, _CUT)
         for index, message in enumerate(messages):
-            for path, without in _without(message):
+            for path, without in _without(message, whole):
                 if self._is_same(index + 1, [*messages[:index], without], tools):
                     raise SampleError(f"{self.chat.path(index)}.{path}", _IGNORED, _CUT)
 
@@ -203,8 +231,21 @@ class _Conversation:
             return False
 
 
-def _without(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(path, message without the field at it) for each field that must reach the text."""
+def _opened(before: str) -> str:
+    """The marker that a prompt ends in, such as <think>, with the space behind it; empty if it ends in none."""
+    start = before.rfind("<")
+    return before[start:] if start >= 0 and before.rstrip().endswith(">") else ""
+
+
+def _bare(text: str) -> str:
+    """Without any space."""
+    return "".join(text.split())
+
+
+def _without(message: dict[str, Any], whole: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(path, message without the field at it) for each field that must reach the text and may not."""
+    if message["role"] != "assistant" and message["content"].strip() not in whole:
+        yield "content", {**message, "content": ""}
     for key in _CARRIED:
         if message.get(key):
             yield key, {name: value for name, value in message.items() if name != key}
@@ -212,21 +253,14 @@ def _without(message: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "name", {name: value for name, value in message.items() if name != "name"}
     calls = message.get("tool_calls", [])
     for index, call in enumerate(calls):
-        if call["function"]["arguments"]:
-            bare = {**call, "function": {**call["function"], "arguments": {}}}
-            yield (
-                f"tool_calls[{index}].function.arguments",
-                {**message, "tool_calls": [*calls[:index], bare, *calls[index + 1 :]]},
-            )
+        for key, other in (("name", f"{call['function']['name']}_"), ("arguments", {})):
+            if call["function"][key]:
+                bare = {**call, "function": {**call["function"], key: other}}
+                yield f"tool_calls[{index}].function.{key}", {**message, "tool_calls": _replaced(calls, index, bare)}
 
 
-def _shared(one: str, other: str) -> int:
-    """Length of the beginning that both have, up to where a marker or word ends: <b> and <think> share no mark."""
-    shorter = min(len(one), len(other))
-    length = next((index for index in range(shorter) if one[index] != other[index]), shorter)
-    while length and not (one[length - 1].isspace() or one[length - 1] in ">]"):
-        length -= 1
-    return length
+def _replaced(calls: list[dict[str, Any]], index: int, call: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*calls[:index], call, *calls[index + 1 :]]
 
 
 def _gaps(left_out: list[Span], length: int) -> Iterator[Span]:
