@@ -15,7 +15,7 @@ export PYTHONUNBUFFERED := 1
 # A test or a job must not wait for a hub that it does not use.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-slow check lint types imports verify generate setup python local helm model lock unit cluster-tests e2e go-test format clean
+.PHONY: help demo test test-slow check lint types imports verify generate setup python local helm model lock tests go-test format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -24,7 +24,7 @@ demo: setup model ## from nothing to a chat answer of a tuned model, on a real l
 	@$(BIN)/tuneward demo
 
 test: setup model ## everything that CI runs
-	@$(MAKE) --no-print-directory check go-test unit e2e
+	@$(MAKE) --no-print-directory check go-test tests
 	@echo "make test: all green"
 
 check: lint types imports verify ## linters, types, layers, generated files
@@ -47,12 +47,9 @@ generate: ## write crds/, the chart's CRDs and docs/reference.md from the models
 go-test: local
 	@cd local && . ./goenv.sh && $${GO} vet ./internal/... && $${GO} test ./internal/...
 
-# Many of them wait for a kubelet, so three share two cores.
-unit: ## every test but the end-to-end run
-	@$(BIN)/pytest -q -n 3 --dist worksteal -m "not e2e and not slow and not gpu" || $(AGAIN)
-
-e2e: ## the demo as a test
-	@$(BIN)/pytest -q --timeout=1800 -m "e2e and not slow" || $(AGAIN)
+# Many of them wait for a kubelet, so three processes share two cores; what uses one cluster stays in one process.
+tests: ## every test, the demo among them
+	@$(BIN)/pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" || $(AGAIN)
 
 test-slow: setup model ## what takes longer than make test allows
 	@$(BIN)/pytest -q -m slow
@@ -62,6 +59,7 @@ setup: ## Python environment and local Kubernetes, both at the same time
 	@$(MAKE) --no-print-directory -j3 python local helm
 
 python: $(VENV)/.stamp
+	@:
 
 $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	@mkdir -p .build
@@ -80,6 +78,7 @@ helm: local ## the helm command, pinned by local/helm/go.sum
 	@local/helm/build.sh $(OUT)
 
 model: .cache/models/smollm2-135m-instruct/MANIFEST.json ## the demo's base model, converted once
+	@:
 
 .cache/models/smollm2-135m-instruct/MANIFEST.json: | python
 	@.ci/progress "model: SmolLM2-135M-Instruct, dequantised from Q4_1" $(BIN)/python -m tuneward_trainer import-gguf $(@D)

@@ -42,14 +42,18 @@ SECONDS=0
 said=0
 while kill -0 "$builder" 2>/dev/null; do
     sleep 0.2
-    if [ $((SECONDS - said)) -ge 5 ]; then
+    if [ $((SECONDS - said)) -ge 10 ]; then
         said=$SECONDS
         compiled=$(grep -c -v ' ' "$work/log" || true)
-        if [ "$compiled" = 0 ]; then
-            echo "building tuneward-local: $SECONDS s, downloading modules ($(grep -c '^go: downloading' "$work/log" || true) so far)"
+        downloaded=$(grep -c '^go: downloading' "$work/log" || true)
+        if [ "$compiled" != 0 ]; then
+            doing=", $compiled packages compiled (about 2,600 the first time)"
+        elif [ "$downloaded" != 0 ]; then
+            doing=", $downloaded modules downloaded"
         else
-            echo "building tuneward-local: $SECONDS s, $compiled packages compiled (about 2,600 the first time)"
+            doing=""
         fi
+        echo "building tuneward-local: $SECONDS s$doing"
     fi
 done
 if ! wait "$builder"; then

@@ -76,7 +76,9 @@ def _work_commands(commands: Commands) -> None:
         "--claim", action="append", default=[], type=_pair, metavar="NAME=DIR", help="folder of another claim"
     )
     train.add_argument("--restart", action="store_true", help="begin anew: removes the job's run directory")
-    train.add_argument("--workers", type=_positive, metavar="N", help="processes; the result is the same with any number")
+    train.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes; any number gives the same result, up to rounding"
+    )
     check = _command(commands, "validate", _validate, "show every error of YAML or data files", "output")
     check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML, or with --model .jsonl and .jsonl.gz")
     check.add_argument("--model", type=Path, metavar="DIR", help="check data with this model's chat template")

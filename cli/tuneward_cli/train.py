@@ -105,7 +105,8 @@ def _code_of(failure: Failure) -> int:
 
 def _again(options: Options) -> str:
     claims = "".join(f" --claim {name}={folder}" for name, folder in options.claims)
-    return f"tuneward train {options.file} --store {options.store}{claims}"
+    workers = f" --workers {options.workers}" if options.workers else ""
+    return f"tuneward train {options.file} --store {options.store}{claims}{workers}"
 
 
 def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:

@@ -85,7 +85,7 @@ class Voice:
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Bar]:
-        """A live bar over steps. On a terminal it stays on screen as it was at the end."""
+        """A live bar over steps. On a terminal a line about its end stays."""
         bar: Bar = LiveBar(self, label) if self.terminal else PlainBar(self, label)
         with bar.shown():
             yield bar
@@ -149,7 +149,9 @@ class LiveBar(Bar):
             BarColumn(bar_width=30),
             TextColumn("{task.fields[line]}", markup=False),
             console=voice.console,
+            transient=True,
         )
+        self._end = ""
         self._task = self._progress.add_task(label, total=None, line="")
 
     def update(self, seen: Seen) -> None:
@@ -159,12 +161,18 @@ class LiveBar(Bar):
     def phase(self, phase: str, line: str) -> None:
         # While it trains the bar itself says how far; in every other phase the sentence says what is waited for.
         shown = f"{self.label}: {phase}" if phase == Phase.RUNNING else line
+        self._end = line if phase == Phase.SUCCEEDED else ""
         self._progress.update(self._task, description=shown)
 
     @contextmanager
     def shown(self) -> Iterator[None]:
         with self._progress:
             yield
+        # The bar is cut at the terminal's edge; what stays on the screen is whole. An error says itself what it is.
+        if self.seen.steps:
+            self.voice.line(f"{self.label}: {progress_line(self.seen)}")
+        if self._end:
+            self.voice.done(self._end)
 
 
 @contextmanager

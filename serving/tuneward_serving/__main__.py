@@ -69,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _engine(options: argparse.Namespace) -> int:
+    # Before torch is loaded: libgomp's threads spin for a millisecond at each barrier, and where processors are shared
+    # (a quota, other pods) a token then takes several times as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from tuneward_serving.engine.server import EngineOptions, serve_engine
     from tuneward_serving.engine.service import Settings
 

@@ -73,3 +73,15 @@ def test_a_terminal_gets_a_bar() -> None:
         bar.phase("Running", "lantern: Running")
         bar.update(Seen(12, 25, 0.5, 300, 40))
     assert "step 12/25, loss 0.500, 300 tokens/s, 40s to go" in screen.getvalue()
+
+
+def test_what_stays_of_a_bar_is_whole() -> None:
+    voice = Voice()
+    screen = io.StringIO()
+    voice.console = Console(file=screen, force_terminal=True, width=60, highlight=False, soft_wrap=True)
+    voice.terminal = True
+    sentence = "lantern: Succeeded (ended in a model): FineTunedModel lantern-385d105f is ready to be served"
+    with voice.bar("lantern") as bar:
+        bar.update(Seen(25, 25, 0.013, 300, 0))
+        bar.phase("Succeeded", sentence)
+    assert screen.getvalue().endswith(f"lantern: step 25/25, loss 0.013, 300 tokens/s\n✓ {sentence}\n")

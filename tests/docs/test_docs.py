@@ -41,6 +41,13 @@ def test_every_metric_is_told() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_fields_that_are_named_exist(page: Path) -> None:
+    reference = (ROOT / "docs" / "reference.md").read_text().replace("[]", "")
+    named = re.findall(r"`((?:spec|status)(?:\.[a-zA-Z]+)+)", page.read_text().replace("[]", ""))
+    assert [path for path in named if f"`{path}`" not in reference] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []

@@ -43,16 +43,14 @@ def broken(request: pytest.FixtureRequest) -> Iterator[Machine]:
 
 
 @pytest.fixture
-def breakable(broken: Machine) -> Iterator[Machine]:
+def breakable(broken: Machine) -> Machine:
     """A running cluster that the test may kill, or take down for good; it holds no container of another test."""
     if not broken.alive():
         broken.up()
-    wait_for(lambda: not broken.shims(), what="the containers of the test before to end")
-    yield broken
-    if broken.alive():
-        broken.cluster.kubectl(
-            "delete", "jobs,pods", "--all", "--all-namespaces", "--force", "--grace-period=0", "--wait=false"
-        )
+    everything = ("jobs,pods", "--all", "--all-namespaces", "--force", "--grace-period=0", "--wait=false")
+    broken.cluster.kubectl("delete", *everything)
+    wait_for(lambda: not broken.shims(), what="the containers of the test before to end", interval=0.2)
+    return broken
 
 
 @pytest.fixture(params=BY_USER)
