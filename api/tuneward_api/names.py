@@ -13,6 +13,8 @@ API_VERSION: Final = f"{GROUP}/{VERSION}"
 # Labels on every child, so that one selector finds what belongs to a job.
 LABEL_JOB: Final = f"{GROUP}/job"
 LABEL_JOB_UID: Final = f"{GROUP}/job-uid"
+LABEL_STORE: Final = f"{GROUP}/store"
+"""On pods that use a store which one node at a time can mount."""
 LABEL_ROLE: Final = f"{GROUP}/role"
 LABEL_LAUNCH: Final = f"{GROUP}/launch"
 LABEL_SERVER: Final = f"{GROUP}/server"

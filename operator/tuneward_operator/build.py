@@ -40,7 +40,7 @@ from tuneward_api.names import (
     run_directory,
 )
 from tuneward_api.uris import parse_uri
-from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, container, field_env, pod_spec
+from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings
 
@@ -59,6 +59,8 @@ class Owner:
     spec: FineTuneJobSpec
     labels: dict[str, str]
     annotations: dict[str, str]
+    one_node: bool = False
+    """Its store is on one node at a time (ReadWriteOnce)."""
 
     @property
     def queue(self) -> str | None:
@@ -207,14 +209,9 @@ def attempt_job(owner: Owner, plan: Plan, launch: int, settings: Settings) -> Ob
     command = ["python", "-m", "tuneward_trainer", "train", "--plan", PLAN_FILE]
     main = container("trainer", request.images.trainer, command, _gang_env(owner, name), _resources(owner, settings), mounts)
     main["ports"] = [{"name": "progress", "containerPort": TRAINER_PORT}]
-    workers = owner.spec.workers
-    spec = pod_spec(main, mounts, settings)
+    spec = pod_spec(main, mounts, settings) | _where_workers_go(owner.spec)
     spec["subdomain"] = gang_name(owner.name)
     spec["terminationGracePeriodSeconds"] = GRACE_PERIOD_SECONDS
-    if workers is not None and workers.node_selector:
-        spec["nodeSelector"] = dict(workers.node_selector)
-    if workers is not None and workers.tolerations:
-        spec["tolerations"] = [toleration.to_json() for toleration in workers.tolerations]
     body = _job(owner, name, labels, spec)
     body["metadata"]["labels"] |= {key: value for key, value in owner.labels.items() if key.startswith(KUEUE)}
     body["metadata"]["annotations"] = {key: value for key, value in owner.annotations.items() if key.startswith(KUEUE)}
@@ -306,7 +303,9 @@ def _document(owner: Owner, document: str, text: str) -> Object:
 def _job(owner: Owner, name: str, labels: dict[str, str], spec: Object) -> Object:
     metadata = _metadata(owner, name, labels[LABEL_ROLE])
     metadata["labels"] = labels
-    template = {"metadata": {"labels": dict(labels), "annotations": dict(POD_ANNOTATIONS)}, "spec": spec}
+    template: Object = {"metadata": {"labels": dict(labels), "annotations": dict(POD_ANNOTATIONS)}, "spec": spec}
+    if owner.one_node:
+        template = beside(template, owner.store_claim)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -316,7 +315,21 @@ def _job(owner: Owner, name: str, labels: dict[str, str], spec: Object) -> Objec
 
 
 def _helper_job(owner: Owner, role: str, main: Object, mounts: Mounts, settings: Settings) -> Object:
-    return _job(owner, helper_name(owner.name, role), _labels(owner, role), pod_spec(main, mounts, settings))
+    spec = pod_spec(main, mounts, settings)
+    if owner.one_node:
+        # The store must be where the workers can follow.
+        spec |= _where_workers_go(owner.spec)
+    return _job(owner, helper_name(owner.name, role), _labels(owner, role), spec)
+
+
+def _where_workers_go(spec: FineTuneJobSpec) -> Object:
+    workers = spec.workers
+    found: Object = {}
+    if workers is not None and workers.node_selector:
+        found["nodeSelector"] = dict(workers.node_selector)
+    if workers is not None and workers.tolerations:
+        found["tolerations"] = [toleration.to_json() for toleration in workers.tolerations]
+    return found
 
 
 def _sources(spec: FineTuneJobSpec, scheme: str) -> set[str]:

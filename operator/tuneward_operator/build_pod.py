@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
+from tuneward_api.names import LABEL_STORE, hashed
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings
 
@@ -94,6 +95,17 @@ def security(settings: Settings) -> Object:
         # OnRootMismatch: else every start walks a store of terabytes.
         found |= {"fsGroup": settings.fs_group, "fsGroupChangePolicy": "OnRootMismatch"}
     return found
+
+
+def beside(template: Object, claim: str) -> Object:
+    """The pod template, kept on the node of all other pods that use the claim: a ReadWriteOnce volume is on one node at a
+    time, and nothing in Kubernetes itself keeps its pods together. The first may go to any: a pod that matches its own
+    term waits for nobody."""
+    store = {LABEL_STORE: hashed(claim)}
+    term = {"labelSelector": {"matchLabels": store}, "topologyKey": "kubernetes.io/hostname"}
+    template["metadata"]["labels"] |= store
+    template["spec"]["affinity"] = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+    return template
 
 
 def pod_spec(main: Object, mounts: Mounts, settings: Settings) -> Object:

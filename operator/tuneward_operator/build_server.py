@@ -6,7 +6,6 @@ server-side apply; the list is no part of the pod's template, since a new adapte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -34,7 +33,7 @@ from tuneward_api.names import (
     hashed,
 )
 from tuneward_api.uris import parse_uri
-from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, container, field_env, pod_spec
+from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings
 
@@ -59,6 +58,8 @@ class Server:
     name: str
     uid: str
     spec: ModelServerSpec
+    one_node: bool = False
+    """Its store is on one node at a time (ReadWriteOnce)."""
 
     @property
     def store_claim(self) -> str:
@@ -135,7 +136,7 @@ def fetch_job(server: Server, settings: Settings) -> Object:
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": _metadata(server, fetch_name(server.name), FETCH),
-        "spec": {"backoffLimit": 0, "template": _template(_labels(server, FETCH), spec)},
+        "spec": {"backoffLimit": 0, "template": _template(server, FETCH, spec)},
     }
 
 
@@ -147,7 +148,7 @@ def deployment(server: Server, base: BasePlace, settings: Settings) -> Object:
         "spec": {
             "replicas": server.replicas,
             "selector": {"matchLabels": _selector(server)},
-            "template": _template(_labels(server, SERVER), _server_pod(server, base, settings)),
+            "template": _template(server, SERVER, _server_pod(server, base, settings)),
         },
     }
 
@@ -270,5 +271,9 @@ def _metadata(server: Server, name: str, role: str) -> Object:
     }
 
 
-def _template(labels: Mapping[str, str], spec: Object) -> Object:
-    return {"metadata": {"labels": dict(labels), "annotations": dict(POD_ANNOTATIONS)}, "spec": spec}
+def _template(server: Server, role: str, spec: Object) -> Object:
+    template: Object = {
+        "metadata": {"labels": _labels(server, role), "annotations": dict(POD_ANNOTATIONS)},
+        "spec": spec,
+    }
+    return beside(template, server.store_claim) if server.one_node else template

@@ -139,7 +139,7 @@ def _prepare(context: Context) -> Decision:
         message = f"PersistentVolumeClaim {claim} (spec.store.claimName) does not exist in this namespace; create it"
         say = Say(phase=Phase.PENDING, reason=Reason.INPUT_MISSING, message=message, at_rest=False, stalled=True)
         return context.say(say, wake=LOOK_AGAIN_SECONDS)
-    if seen.claim_single_node and seen.owner.replicas > 1 and (seen.nodes or 1) > 1:
+    if seen.owner.one_node and seen.owner.replicas > 1 and (seen.nodes or 1) > 1:
         message = (
             f"PersistentVolumeClaim {claim} can be mounted on one node only (ReadWriteOnce) and spec.workers.replicas is "
             f"{spec.workers.replicas if spec.workers else 1}; use a ReadWriteMany claim or one worker"

@@ -71,7 +71,9 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
             return False
     if decision.step == Step.PREPARE:
         if seen.claim_missing:
+            # Its pods depend on what the claim allows, so they come with the next look.
             await app.create(build.store_claim(owner, settings))
+            return False
         found = await make(app, build.request_configmap(owner, build.request_of(owner, settings)))
         request = Request.model_validate_json(found["data"]["request.json"])
         await make(app, build.prepare_job(owner, request, settings))

@@ -6,7 +6,7 @@ A Job's conditions end here: another kind of gang (JobSet, core workloads) would
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -128,7 +128,6 @@ class Seen:
     """All attempt Jobs."""
     helpers_left: bool = False
     claim_missing: bool = False
-    claim_single_node: bool = False
     nodes: int | None = None
     plan: Plan | None = None
     plan_sought: bool = False
@@ -150,7 +149,7 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
     model = caches.models.get(view.namespace, status.model.name) if status.model is not None else None
     claim = caches.claims.get(view.namespace, owner.store_claim)
     return Seen(
-        owner=owner,
+        owner=replace(owner, one_node=claim is not None and claim.one_node),
         generation=view.generation,
         status=status,
         refusal=refusal,
@@ -161,7 +160,6 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
         attempts=attempts,
         helpers_left=any(pod.role != ATTEMPT and pod.phase in ("Pending", "Running") for pod in pods),
         claim_missing=claim is None,
-        claim_single_node=claim is not None and set(claim.access_modes) <= {"ReadWriteOnce", "ReadWriteOncePod"},
         nodes=len(caches.nodes) or None,
         model_server=model.labels.get(LABEL_SERVER, "") if model is not None else None,
         served=_served(model),

@@ -52,7 +52,6 @@ class Seen:
     pods: tuple[PodView, ...] = ()
     models: tuple[ResourceView, ...] = ()
     claim_missing: bool = False
-    claim_single_node: bool = False
     nodes: int = 1
     deployed: bool = True
     """Whether the cache still has our Deployment: one that was deleted by hand is applied again."""
@@ -97,7 +96,7 @@ def observe(view: ResourceView, caches: Caches) -> Seen:
     claim = caches.claims.get(view.namespace, server.store_claim)
     deployment = caches.deployments.get(view.namespace, view.name)
     return Seen(
-        server=server,
+        server=replace(server, one_node=claim is not None and claim.one_node),
         generation=view.generation,
         status=tolerant(ModelServerStatus, view.status),
         refusal=refusal,
@@ -105,7 +104,6 @@ def observe(view: ResourceView, caches: Caches) -> Seen:
         pods=tuple(pod for pod in pods if pod.role == SERVER),
         models=tuple(caches.models.owned(view.key)),
         claim_missing=claim is None,
-        claim_single_node=claim is not None and set(claim.access_modes) <= {"ReadWriteOnce", "ReadWriteOncePod"},
         nodes=len(caches.nodes) or 1,
         deployed=deployment is not None and deployment.labels.get(LABEL_SERVER_UID) == view.uid,
     )
@@ -131,7 +129,7 @@ async def converge(app: App, view: ResourceView, seen: Seen) -> Found:
     server = seen.server
     if seen.refusal:
         return waiting(seen, Reason.CONFIG_INVALID, seen.refusal), FETCH_AGAIN, None
-    if seen.claim_single_node and server.replicas > 1 and seen.nodes > 1:
+    if server.one_node and server.replicas > 1 and seen.nodes > 1:
         message = (
             f"PersistentVolumeClaim {server.store_claim} can be mounted on one node only (ReadWriteOnce) and spec.replicas "
             f"is {server.replicas}; use a ReadWriteMany claim or one replica"
@@ -154,7 +152,9 @@ async def fetch(app: App, view: ResourceView, seen: Seen) -> Found:
         if await app.live(MODELSERVERS, view) is None:
             return waiting(seen, Reason.FETCHING_MODEL, "being deleted"), CALM, None
         if seen.claim_missing:
+            # Its pods depend on what the claim allows, so they come with the next look.
             await app.create(build.store_claim(server, app.settings))
+            return waiting(seen, Reason.FETCHING_MODEL, f"making the store {server.store_claim}"), 0.0, None
         for body in (build_server.fetch_configmap(server), build_server.fetch_job(server, app.settings)):
             await refuse_foreign(app, server, *(await app.create(body)))
         return waiting(seen, Reason.FETCHING_MODEL, f"fetching {server.spec.model.uri}"), CALM, None

@@ -108,6 +108,11 @@ class ClaimView(View):
     phase: str
     access_modes: tuple[str, ...]
 
+    @property
+    def one_node(self) -> bool:
+        """Whether only one node at a time can mount it."""
+        return set(self.access_modes) <= {"ReadWriteOnce", "ReadWriteOncePod"}
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentView(View):

@@ -57,7 +57,7 @@ def test_a_named_claim_that_is_missing_is_waited_for() -> None:
 
 @pytest.mark.parametrize(("nodes", "phase"), [(1, Phase.VALIDATING), (3, Phase.FAILED)])
 def test_several_workers_need_a_claim_for_several_nodes(nodes: int, phase: Phase) -> None:
-    picture = seen(owner(workers={"replicas": 2, "gpusPerWorker": 0}), claim_single_node=True, nodes=nodes)
+    picture = seen(replace(owner(workers={"replicas": 2, "gpusPerWorker": 0}), one_node=True), nodes=nodes)
     assert decided(picture).status.phase == phase
 
 

@@ -19,7 +19,6 @@ from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import rundir
 from tuneward_trainer.proof import logprobs
 
-
 SLOWLY = [pytest.param((world, world, 1), seed, marks=pytest.mark.slow) for world in (1, 2, 3) for seed in range(1, 11)]
 """Thirty more seeds of kills."""
 
