@@ -40,7 +40,8 @@ class ByCluster(LoadScopeScheduling):
             return "the demo's cluster"
         if file.startswith("tests/local/"):
             user = next((word for word in re.split(r"\W", test.partition("[")[2]) if word), "")
-            return f"{'faults' if name == 'test_faults' else name if name == 'test_runtime' else 'pods'} of {user}"
+            cluster = {"test_faults": "broken", "test_runtime": "one way"}.get(name, "shared")
+            return f"{cluster}, of {user}"
         return file
 
 

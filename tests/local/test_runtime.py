@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from tests.local.machine import Machine, Namespace, User, claim, container_of, machine, pod, sh
+from tests.support.cluster import SANDBOX
 from tests.support.wait import wait_for
 
 pytestmark = pytest.mark.pods
@@ -40,6 +42,29 @@ def made(request: pytest.FixtureRequest) -> Iterator[Machine]:
     with machine(request.param) as started:
         started.up()
         yield started
+
+
+ASKS = """
+import ctypes, os
+libc = ctypes.CDLL(None, use_errno=True)
+CLONE, SETNS, MOUNT, UNSHARE, PIVOT_ROOT, NEWUSER, SIGCHLD = 56, 308, 165, 272, 155, 0x10000000, 17
+def refused(number, *arguments):
+    found = libc.syscall(number, *arguments, 0, 0, 0)
+    if found == 0 and number == CLONE:
+        os._exit(0)
+    return found < 0 and ctypes.get_errno() == 1
+plain = refused(CLONE, SIGCHLD, 0)
+own = os.open("/proc/self/ns/uts", os.O_RDONLY)
+asked = [(CLONE, NEWUSER | SIGCHLD, 0), (UNSHARE, NEWUSER), (SETNS, own, 0), (MOUNT, 0, 0), (PIVOT_ROOT, 0, 0)]
+print(plain, [refused(*one) for one in asked], os.path.exists("/dev/kmsg"))
+"""
+
+
+def test_the_sandbox_is_as_strict_as_an_ordinary_container() -> None:
+    done = subprocess.run(
+        [sys.executable, str(SANDBOX), sys.executable, "-c", ASKS], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"False {[True] * 5} {os.geteuid() != 0 and Path('/dev/kmsg').exists()}\n"
 
 
 def test_the_way_is_said(made: Machine) -> None:

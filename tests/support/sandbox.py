@@ -69,7 +69,7 @@ def refuse() -> None:
         (give, 0, 0, deny | errno.ENOSYS),
         (equal, 0, 3, CLONE),
         (load, 0, 0, 16),
-        (any_of, len(REFUSED) + 1, 0, NEW_NAMESPACES),
+        (any_of, len(REFUSED) + 2, 0, NEW_NAMESPACES),
         (give, 0, 0, allow),
         *((equal, len(REFUSED) - index, 0, number) for index, number in enumerate(REFUSED.values())),
         (give, 0, 0, allow),
