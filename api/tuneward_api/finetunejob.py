@@ -238,7 +238,7 @@ class Retries(Model):
     infrastructure: Int | None = Field(None, ge=0, le=1000, description="Killed pods, lost nodes. Default: 10.")
     preempted: Int | None = Field(None, ge=0, le=10_000, description="Evictions and preemptions. Default: 1000.")
     out_of_memory: Int | None = Field(None, ge=0, le=100, description="Killed for memory. Default: 1.")
-    numerical_divergence: Int | None = Field(None, ge=0, le=100, description="Loss no longer finite. Default: 1.")
+    numerical_divergence: Int | None = Field(None, ge=0, le=100, description="Loss not finite, or exploded. Default: 1.")
     hang: Int | None = Field(None, ge=0, le=100, description="No step for hangTimeoutSeconds. Default: 3.")
     user_code: Int | None = Field(None, ge=0, le=100, description="An exception of the training code. Default: 1.")
     unknown: Int | None = Field(None, ge=0, le=100, description="Anything else. Default: 3.")

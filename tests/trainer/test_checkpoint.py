@@ -24,8 +24,12 @@ def state(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), value), "exp_avg.w": torch.zeros(3), "exp_avg_sq.w": torch.zeros(3)}
 
 
+def snapshot(step: int) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot(step, state(step), [float(step)])
+
+
 def write(run: Path, step: int, *, attempt: int = 1, facts: dict[str, Any] = FACTS) -> Path:
-    return run / checkpoint.write(run, attempt=attempt, step=step, state=state(step), facts=facts).directory
+    return run / checkpoint.write(run, snapshot(step), attempt=attempt, facts=facts).directory
 
 
 def newest_step(run: Path) -> int | None:
@@ -41,6 +45,7 @@ def test_the_newest_complete_one_of_any_attempt_is_taken(tmp_path: Path) -> None
     found = checkpoint.newest(tmp_path, IDENTITY, HERE)
     assert found is not None
     assert (found.step, found.resume, found.notes) == (9, "exact", {"validation_loss_before": 2.0})
+    assert found.losses == [9.0]
     assert torch.equal(found.state["w"], torch.full((3,), 9.0))
     assert found.saved.directory == "checkpoints/step-00000009.a1"
 
@@ -82,6 +87,13 @@ def test_only_the_newest_are_kept_and_later_attempts_are_left_alone(tmp_path: Pa
     ]
 
 
+def test_those_of_a_diverged_state_are_removed_and_a_later_attempts_are_not(tmp_path: Path) -> None:
+    for step, attempt in ((3, 1), (6, 2), (9, 1), (9, 2), (12, 3)):
+        write(tmp_path, step, attempt=attempt)
+    checkpoint.discard(tmp_path, step=6, attempt=2)
+    assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-00000003.a1", "step-00000012.a3"]
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     """No file may grow beyond 64 bytes: a write fails as on a full disk."""
@@ -95,16 +107,16 @@ def full_disk() -> Iterator[None]:
 
 def test_a_full_disk_leaves_the_older_one_and_the_training(tmp_path: Path) -> None:
     saver = checkpoint.Saver(tmp_path, attempt=1, keep=2, facts=FACTS)
-    saver.save(3, state(3))
+    saver.save(snapshot(3))
     assert saver.wait() is None
     with full_disk():
-        saver.save(6, state(6))
+        saver.save(snapshot(6))
         assert isinstance(saver.wait(), OSError)
     assert newest_step(tmp_path) == 3
     assert saver.last is not None
     assert saver.last.step == 3
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.a1"]
-    saver.save(9, state(9))
+    saver.save(snapshot(9))
     assert saver.wait() is None
     assert newest_step(tmp_path) == 9
 

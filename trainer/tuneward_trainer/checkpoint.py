@@ -1,8 +1,8 @@
 """Checkpoints: `checkpoints/step-00000100.a<attempt>/`, complete once MANIFEST.json is there.
 
-One holds the trained tensors, the optimizer's state and the step; order, learning rate and dropout follow from the
-step. Beside it the manifest of circumstances: another base, data or shape refuses a resume, another torch, device or
-thread count makes it `equivalent` instead of `exact` and loses nothing.
+One holds the trained tensors, the optimizer's state, the step, and the last losses, by which a divergence is known;
+order, learning rate and dropout follow from the step. Beside it the manifest of circumstances: another base, data or
+shape refuses a resume, another torch, device or thread count makes it `equivalent` instead of `exact` and loses nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tuneward_api import manifest
 from tuneward_api.files import Plan, SavedCheckpoint
@@ -33,11 +32,21 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Snapshot:
+    """What is written: a copy, and the losses of the last steps up to it."""
+
+    step: int
+    state: State
+    losses: list[float]
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A complete one, read back."""
 
     step: int
     state: State
+    losses: list[float]
     resume: str
     """exact, or equivalent and why."""
     saved: SavedCheckpoint
@@ -101,21 +110,23 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
     return Checkpoint(
         step=step,
         state=load_file(folder / "state.safetensors"),
+        losses=facts.get("losses", []),
         resume=f"equivalent ({', '.join(changes)})" if changes else "exact",
         saved=SavedCheckpoint(step=step, digest=digest, saved_at=facts["savedAt"], directory=f"{FOLDER}/{folder.name}"),
         notes=facts.get("notes", {}),
     )
 
 
-def write(run: Path, *, attempt: int, step: int, state: State, facts: dict[str, Any]) -> SavedCheckpoint:
+def write(run: Path, snapshot: Snapshot, *, attempt: int, facts: dict[str, Any]) -> SavedCheckpoint:
     """Writes and syncs all files, the manifest last: killed or out of space on the way, it is no checkpoint."""
-    folder = run / FOLDER / f"step-{step:08d}.a{attempt}"
+    folder = run / FOLDER / f"step-{snapshot.step:08d}.a{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
     saved_at = now()
-    save_file(state, folder / "state.safetensors")
-    (folder / "state.json").write_text(json.dumps({**facts, "savedAt": saved_at}, sort_keys=True))
+    save_file(snapshot.state, folder / "state.safetensors")
+    body = {**facts, "losses": snapshot.losses, "savedAt": saved_at}
+    (folder / "state.json").write_text(json.dumps(body, sort_keys=True))
     digest = manifest.write_manifest(folder)
-    return SavedCheckpoint(step=step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
+    return SavedCheckpoint(step=snapshot.step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
 
 
 def prune(run: Path, *, keep: int, attempt: int) -> None:
@@ -128,6 +139,14 @@ def prune(run: Path, *, keep: int, attempt: int) -> None:
     kept = {folder for _, _, folder in complete[:keep]}
     for step, owner, folder in listed:
         if folder not in kept and owner <= attempt and step <= complete[0][0]:
+            remove(folder)
+
+
+def discard(run: Path, *, step: int, attempt: int) -> None:
+    """Removes those of `step` and later steps: a state that gave a bad loss is nothing to go on from."""
+    for found, owner, folder in _listed(run):
+        if found >= step and owner <= attempt:
+            logger.info("%s is removed: the loss that it gave is a divergence", folder.name)
             remove(folder)
 
 
@@ -150,11 +169,18 @@ class Saver:
         self.last: SavedCheckpoint | None = None
         """The newest complete one; set by the thread."""
 
-    def save(self, step: int, state: dict[str, Tensor]) -> None:
-        """Begins to write `state`, which must be a copy."""
+    def save(self, snapshot: Snapshot) -> None:
+        """Begins to write."""
         self.wait()
-        self._thread = threading.Thread(target=self._write, args=(step, state), name="checkpoint", daemon=True)
+        self._thread = threading.Thread(target=self._write, args=(snapshot,), name="checkpoint", daemon=True)
         self._thread.start()
+
+    def discard(self, step: int) -> None:
+        """Those of `step` and later steps."""
+        self.wait()
+        discard(self._run, step=step, attempt=self._attempt)
+        if self.last is not None and self.last.step >= step:
+            self.last = None
 
     def wait(self) -> OSError | None:
         """Until nothing is being written. Returns why the last one failed: the training itself goes on."""
@@ -163,15 +189,15 @@ class Saver:
             self._thread = None
         return self._error
 
-    def _write(self, step: int, state: dict[str, Tensor]) -> None:
+    def _write(self, snapshot: Snapshot) -> None:
         self._error = None
         try:
-            self.last = write(self._run, attempt=self._attempt, step=step, state=state, facts=self.facts)
+            self.last = write(self._run, snapshot, attempt=self._attempt, facts=self.facts)
             prune(self._run, keep=self._keep, attempt=self._attempt)
         except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
             self._error = error if isinstance(error, OSError) else OSError(str(error))
-            logger.error("checkpoint of step %d was not saved, the older one stays: %s", step, error)
-            remove(self._run / FOLDER / f"step-{step:08d}.a{self._attempt}")
+            logger.error("checkpoint of step %d was not saved, the older one stays: %s", snapshot.step, error)
+            remove(self._run / FOLDER / f"step-{snapshot.step:08d}.a{self._attempt}")
 
 
 def write_notes(saver: Saver, **notes: float) -> None:

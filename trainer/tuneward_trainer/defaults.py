@@ -133,7 +133,7 @@ def hyperparameters(
     return ResolvedHyperparameters(
         epochs=round(steps / per_epoch, 4),
         steps=steps,
-        learning_rate=asked.learning_rate or _learning_rate(facts.parameters),
+        learning_rate=asked.learning_rate or learning_rate(facts.parameters),
         scheduler=asked.scheduler or "Cosine",
         warmup_fraction=0.05 if asked.warmup_fraction is None else asked.warmup_fraction,
         weight_decay=usual.weight_decay if asked.weight_decay is None else asked.weight_decay,
@@ -165,7 +165,7 @@ def _power_of_two(value: float) -> int:
     return below if value - below < 2 * below - value else 2 * below
 
 
-def _learning_rate(parameters: int) -> float:
+def learning_rate(parameters: int) -> float:
     if parameters <= 4 * _BILLION:
         return 4e-4
     return 2e-4 if parameters < 65 * _BILLION else 1e-4

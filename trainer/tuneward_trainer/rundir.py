@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -16,6 +17,8 @@ from tuneward_api.files import Plan, Report, Result, Start, canonical_json, term
 from tuneward_api.manifest import write_synced
 
 ATTEMPTS: Final = "attempts"
+
+logger = logging.getLogger(__name__)
 
 
 def directory(variable: str) -> Path:
@@ -112,6 +115,14 @@ def report(message: Report | Result) -> None:
     path = Path(named or names.DEFAULT_TERMINATION_LOG)
     if named or path.exists():
         path.write_text(termination_message(message))
+
+
+def leave(run: Path, number: int, name: str, value: dict[str, Any]) -> None:
+    """attempts/<n>/<name>, to look at; a store that cannot take it hides no verdict."""
+    try:
+        (attempt_directory(run, number) / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+    except OSError as error:
+        logger.error("%s was not written: %s", name, error)
 
 
 class MetricsLog:

@@ -7,11 +7,14 @@ adapter with its proof and result.json. Between them lies `train.py`.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+from transformers import PreTrainedModel
 
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
@@ -19,6 +22,7 @@ from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
 from tuneward_trainer import checkpoint, endings, proof, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
+from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.model import add_adapters, load_base
 from tuneward_trainer.progress import Reporter
@@ -63,10 +67,14 @@ class Session:
     """The leader's alone."""
     log: rundir.MetricsLog | None
     """The leader's alone."""
+    watch: LossWatch
     before: float | None = None
     after: float | None = None
     train_loss: float | None = None
     stopped: bool = False
+    unproved: checkpoint.Snapshot | None = None
+    """The leader's alone: taken, and not written before the next step's loss."""
+    saved_step: int = 0
     saved_at: float = 0.0
     fenced_at: float = 0.0
 
@@ -123,8 +131,15 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         resume=resume,
         saver=saver,
         log=rundir.MetricsLog(run, attempt) if gang.leads else None,
+        watch=LossWatch(uniform_loss(base), sound=found.losses if found is not None else []),
+        saved_step=engine.step,
         before=found.notes.get("validation_loss_before") if found is not None else None,
     )
+
+
+def uniform_loss(base: PreTrainedModel) -> float:
+    """Of a guess that knows nothing, in nats."""
+    return math.log(base.config.get_text_config().vocab_size)
 
 
 def inputs() -> tuple[Path, Path]:
@@ -182,6 +197,9 @@ def conclude(session: Session, *, seconds: float) -> Result | None:
         raise endings.TryAgainError(f"stopped on request, but the checkpoint could not be saved: {error}")
     step, steps = session.engine.step, session.plan.prepared.hyperparameters.steps
     said = f"stopped on request after step {step} of {steps}" if session.stopped else f"trained {steps} steps"
+    if session.stopped and session.watch.suspected:
+        loss, before = session.watch.suspects[-1], session.watch.highest
+        said += f"; this state is not saved, since its loss was {loss:.4g}, far above the {before:.4g} before"
     return rundir.write_result(
         session.run,
         Result(

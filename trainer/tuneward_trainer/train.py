@@ -21,7 +21,7 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from tuneward_api.files import Plan, canonical_json
-from tuneward_trainer import checkpoint, endings, evaluate, patches, rundir
+from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, patches, rundir
 from tuneward_trainer.batch import collate, total_weight
 from tuneward_trainer.distributed import Gang, TreeSum, join, share
 from tuneward_trainer.losses import cross_entropy
@@ -52,6 +52,7 @@ def train(session: Session) -> None:
         session.saved_at = time.monotonic()
         while session.engine.step < hyper.steps and not session.stopped:
             facts = one_step(session, forward)
+            write_proved(session)
             tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
             if evaluation_due(session):
                 measure(session, forward)
@@ -81,8 +82,7 @@ def one_step(session: Session, forward: Forward) -> dict[str, Any]:
     heed(session, flags, step)
     learning_rate = session.schedule.learning_rate(step)
     norm = float(engine.optim_step(learning_rate, total[:-1]))
-    if norm - norm != 0:
-        raise endings.DivergedError(diverged(session, step, f"the gradient is {norm}", groups[0][0]))
+    judge(session, step, loss=float(total[-1]), norm=norm)
     tokens = sum(int(session.training.lengths[index]) for group in groups for index in group)
     return {"train_loss": float(total[-1]), "learning_rate": learning_rate, "grad_norm": norm, "tokens": tokens}
 
@@ -91,40 +91,79 @@ def one_step(session: Session, forward: Forward) -> dict[str, Any]:
 
 
 def flags_of(session: Session, outputs: list[Any]) -> torch.Tensor:
-    """float32 [4]: asked to stop, a later attempt's number, and the first document whose loss is not finite, plus 1,
-    in two parts."""
+    """float32 [6]: asked to stop, a later attempt's number, the first document whose loss is not finite, plus 1, in two
+    parts, how many of these there are, and how many documents in all."""
     fence = 0.0
     if session.gang.leads and time.monotonic() - session.fenced_at >= _FENCE_SECONDS:
         session.fenced_at = time.monotonic()
         fence = float(rundir.superseded(session.run, session.attempt) or 0)
-    bad = next((found for output, batch in outputs if (found := _not_finite(output, batch))), 0)
-    return torch.tensor([float(session.stop.asked), fence, float(bad // _WIDE), float(bad % _WIDE)])
+    bad = [document for output, batch in outputs for document in _not_finite(output, batch)]
+    first = 1 + bad[0] if bad else 0
+    documents = sum(batch.documents for _, batch in outputs)
+    return torch.tensor([float(session.stop.asked), fence, first // _WIDE, first % _WIDE, len(bad), documents])
 
 
-def _not_finite(output: Any, batch: Any) -> int:
-    """1 + the first document with a row whose part of the loss is not finite, or 0."""
-    wrong = torch.nonzero(~torch.isfinite(output.logprobs.cpu() * batch.weights))
-    return 1 + batch.source_of_row(int(wrong[0, 0])) if len(wrong) else 0
+def _not_finite(output: Any, batch: Any) -> list[int]:
+    """Documents with a row whose part of the loss is not finite."""
+    wrong = torch.nonzero(~torch.isfinite(output.logprobs.cpu() * batch.weights))[:, 0].tolist()
+    return list(dict.fromkeys(batch.source_of_row(row) for row in wrong))
 
 
 def heed(session: Session, flags: torch.Tensor, step: int) -> None:
     """Does what any rank's flags ask for. All ranks see the same flags of the same step."""
-    stop, fence, high, low = flags.cpu().max(0).values.tolist()
+    rows = flags.cpu()
+    stop, fence = rows[:, :2].max(0).values.tolist()
     if fence:
         raise endings.FencedError(f"attempt {int(fence)} has begun; attempt {session.attempt} gives way to it")
-    if high or low:
-        row = next(row for row in flags.cpu().tolist() if row[2] or row[3])
-        document = int(row[2]) * _WIDE + int(row[3]) - 1
-        raise endings.DivergedError(diverged(session, step, "the loss is not finite", document))
+    bad, documents = (int(count) for count in rows[:, 4:].sum(0).tolist())
+    if bad:
+        high, low = next(row[2:4] for row in rows.tolist() if row[4])
+        first = session.training[int(high) * _WIDE + int(low) - 1]
+        which = f"sample {first.file}:{first.line}"
+        which = which if bad == 1 else f"{bad} of {documents} samples, the first {which.removeprefix('sample ')}"
+        look = "look at that sample, or " if bad < documents else ""
+        raise give_up(session, f"the loss is not finite at step {step + 1} ({which})", look, state=step, learnt=step)
     session.stopped = bool(stop)
 
 
-def diverged(session: Session, step: int, what: str, document: int) -> str:
-    sample = session.training[document]
-    return (
-        f"{what} at step {step + 1} (sample {sample.file}:{sample.line}); "
-        "lower spec.hyperparameters.learningRate, or look at that sample"
-    )
+# -- divergence: no rank sees another number than the others do --------------------------------------------------------
+
+
+def judge(session: Session, step: int, *, loss: float, norm: float) -> None:
+    """Whether the step just done (`step` from 0) was the last one that makes sense. Raises DivergedError."""
+    watch = session.watch
+    if norm - norm != 0 or loss - loss != 0:
+        what = "gradient" if loss - loss == 0 else "loss"
+        raise give_up(session, f"the {what} is not finite at step {step + 1}", state=step, learnt=step)
+    last = step + 1 == session.plan.prepared.hyperparameters.steps
+    if watch.see(loss, last=last):
+        found = step + 1 - len(watch.suspects)
+        # The loss of a step is that of the update before it.
+        raise give_up(session, divergence.exploded(watch, step=step + 1), state=found, learnt=found - 1)
+    if watch.suspected and session.gang.leads:
+        logger.warning(
+            "step %d: loss %.4g is far above %.4g: nothing is saved until it falls", step + 1, loss, watch.highest
+        )
+
+
+def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: int | None = None) -> endings.DivergedError:
+    """`state`: the number of updates that gave the bad loss; the next try shall not begin with it. `learnt`: the step,
+    from 0, whose samples are to be named."""
+    groups = session.schedule.micro_batches(learnt) if learnt is not None else []
+    samples = [session.training[index] for group in groups for index in group]
+    if session.saver is not None:
+        session.saver.discard(state)
+        session.reporter.update(checkpoint=session.saver.last)
+        rundir.leave(session.run, session.attempt, "diverged.json", divergence.record(what, session.watch, samples))
+    prepared = session.plan.prepared
+    remedy = divergence.damaged_weights(session.engine.model)
+    if remedy is None and not state:
+        remedy = f"{look}name another spec.model.uri: the base model itself gives it, nothing was learnt yet"
+    if remedy is None:
+        usual = defaults.learning_rate(prepared.base.parameters)
+        remedy = look + divergence.advice(prepared.hyperparameters.learning_rate, usual)
+    named = f"; samples of step {learnt + 1}: {divergence.listing(samples)}" if learnt is not None else ""
+    return endings.DivergedError(f"{what}; {remedy}{named}")
 
 
 # -- what is due after a step ------------------------------------------------------------------------------------------
@@ -198,12 +237,17 @@ def _loss(session: Session, forward: Forward) -> float | None:
         return None
     session.reporter.update(phase="Evaluating")
     tokens = max(session.row_limit, 1024)
-    return evaluate.loss(forward, session.validation, session.gang, tokens=tokens, stopping=lambda: session.stop.asked)
+    found = evaluate.loss(forward, session.validation, session.gang, tokens=tokens, stopping=lambda: session.stop.asked)
+    step = session.engine.step
+    if found is not None and found - found != 0:
+        raise give_up(session, f"the validation loss is not finite after step {step}", state=step)
+    return found
 
 
 def checkpoint_due(session: Session) -> bool:
-    """The leader alone decides and writes. The last step's and the one before a stop are always saved."""
-    if session.saver is None:
+    """The leader alone decides and writes. The last step's and the one before a stop are always saved, but for a state
+    that is suspected to have diverged: it would be what the next attempt goes on from."""
+    if session.saver is None or session.watch.suspected:
         return False
     asked = session.plan.request.spec.checkpoint
     every_steps = asked.every_steps if asked is not None else None
@@ -212,14 +256,23 @@ def checkpoint_due(session: Session) -> bool:
     if session.stopped or step == session.plan.prepared.hyperparameters.steps:
         return True
     if every_steps is not None:
-        return step % every_steps == 0
+        return step // every_steps > session.saved_step // every_steps
     return time.monotonic() - session.saved_at >= every_seconds
 
 
 def save(session: Session) -> None:
-    session.saved_at = time.monotonic()
-    if session.saver is not None:
-        session.saver.save(session.engine.step, session.engine.save())
+    """Copies the state; it is written at once only where no further step will tell whether it is any good."""
+    session.saved_at, session.saved_step = time.monotonic(), session.engine.step
+    session.unproved = checkpoint.Snapshot(session.engine.step, session.engine.save(), list(session.watch.sound))
+    if session.stopped or session.engine.step == session.plan.prepared.hyperparameters.steps:
+        write_proved(session)
+
+
+def write_proved(session: Session) -> None:
+    """Writes the last copy: the step after it has found a sound loss with it."""
+    if session.saver is not None and session.unproved is not None and not session.watch.suspected:
+        session.saver.save(session.unproved)
+        session.unproved = None
 
 
 # -- from the plan to a result -----------------------------------------------------------------------------------------
