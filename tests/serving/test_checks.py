@@ -12,7 +12,7 @@ import pytest
 
 from tuneward_api.conditions import Reason
 from tuneward_api.files import Proof, ProofText, WantedAdapter, WantedAdapters
-from tuneward_serving.agent.adapter_check import Limits, Refused, check_structure
+from tuneward_serving.agent.adapter_check import Limits, Refused, base_shapes, check_structure
 from tuneward_serving.agent.loop import read_wanted
 from tuneward_serving.agent.proof import Measured, judge
 from tuneward_serving.agent.weights import Tensor, WeightsError, is_finite, is_zero, read_header
@@ -101,6 +101,24 @@ def test_an_adapter_that_does_not_fit_is_refused(
         check_structure(write_adapter(tmp_path, arrays, **config), SHAPES, LIMITS)
     assert refused.value.reason == reason
     assert sentence in refused.value.message
+
+
+@pytest.mark.parametrize(
+    "loaded", ["model.language_model.layers.0.q", "language_model.model.layers.0.q", "model.layers.0.q"]
+)
+@pytest.mark.parametrize(
+    "stored", ["model.language_model.layers.0.q", "language_model.model.layers.0.q", "model.layers.0.q"]
+)
+def test_a_decoder_is_the_same_under_each_of_its_names(tmp_path: Path, loaded: str, stored: str) -> None:
+    """Files of a model that also sees name its decoder otherwise than the loaded model does; what sees is another part."""
+    sees = "vision_tower.transformer.layers.0.q"
+    base = {f"{stored}.weight": np.ones((6, 4), np.float32), f"{sees}.weight": np.ones((3, 3), np.float32)}
+    shapes = base_shapes(read_header(write_tensors(tmp_path / "base.safetensors", base)))
+    arrays = {key.replace("m.q", loaded): value for key, value in shaped((2, 4), (6, 2)).items()}
+    check_structure(write_adapter(tmp_path / "adapter", arrays), shapes, LIMITS)
+    arrays = {key.replace("m.q", f"model.{sees}"): value for key, value in shaped((2, 4), (6, 2)).items()}
+    with pytest.raises(Refused, match="do not fit"):
+        check_structure(write_adapter(tmp_path / "adapter", arrays), shapes, LIMITS)
 
 
 def test_a_pickle_beside_the_weights_is_refused(tmp_path: Path) -> None:

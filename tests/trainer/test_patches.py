@@ -9,58 +9,13 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from tests.trainer.families import examine
 from tests.trainer.jobs import make_model, tiny_config
-from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import attention, patches, verify
 from tuneward_trainer.batch import collate
-from tuneward_trainer.model import ModelUnsupportedError, load_base, model_class, target_linears
 
-EVERY_PATCH = {
-    "llama": transformers.LlamaConfig(),
-    "mistral": transformers.MistralConfig(sliding_window=4096),
-    "qwen2": transformers.Qwen2Config(),
-    "qwen3": transformers.Qwen3Config(),
-    "gemma": transformers.GemmaConfig(),
-    "gemma2": transformers.Gemma2Config(),
-    "gemma3_text": transformers.Gemma3TextConfig(),
-    "phi3": transformers.Phi3Config(),
-    "olmo2": transformers.Olmo2Config(),
-    "smollm3": transformers.SmolLM3Config(),
-    "granite": transformers.GraniteConfig(logits_scaling=3.0),
-    "mixtral": transformers.MixtralConfig(),
-    "cohere2": transformers.Cohere2Config(),
-    "gpt_oss": transformers.GptOssConfig(),
-    "glm": transformers.GlmConfig(),
-    "qwen3_moe": transformers.Qwen3MoeConfig(),
-}
-ONE_DOCUMENT = {
-    # Its distance bias is no argument of attention.
-    "bloom": transformers.BloomConfig(),
-    # It does not pass the bounds down.
-    "stablelm": transformers.StableLmConfig(),
-}
 WITHOUT_PACKING = [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
-
-
-def examine(config: PreTrainedConfig) -> ResolvedPacking:
-    return verify._examine(getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]), config)
-
-
-@pytest.mark.parametrize("family", EVERY_PATCH)
-def test_every_patch_agrees_with_the_plain_model(family: str) -> None:
-    verdict = examine(EVERY_PATCH[family])
-    assert (verdict.mode, verdict.patches) == ("Packed", list(patches.ALL)), verdict.reason
-
-
-@pytest.mark.parametrize("family", ONE_DOCUMENT)
-def test_a_family_that_cannot_be_packed_gets_one_document_a_forward(family: str) -> None:
-    verdict = examine(ONE_DOCUMENT[family])
-    assert verdict.mode == "OneDocument"
-    assert verdict.patches == WITHOUT_PACKING
-    assert verdict.reason
 
 
 def test_a_wrong_patch_is_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +24,7 @@ def test_a_wrong_patch_is_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(
         patches, "packed_attention", lambda *given, **named: right(*given, **named | {"sliding_window": None})
     )
-    verdict = examine(EVERY_PATCH["mistral"])
+    verdict = examine(transformers.MistralConfig(sliding_window=4096))
     assert (verdict.mode, verdict.patches) == ("OneDocument", WITHOUT_PACKING)
     assert "gradients differ by" in verdict.reason
 
@@ -79,7 +34,7 @@ def test_a_patch_that_raises_is_dropped_and_named(monkeypatch: pytest.MonkeyPatc
         raise RuntimeError("no such kernel")
 
     monkeypatch.setattr(patches._LoraLinear, "apply", broken)
-    verdict = examine(EVERY_PATCH["llama"])
+    verdict = examine(transformers.LlamaConfig())
     assert verdict.patches == [name for name in patches.ALL if name != patches.LORA_LINEAR]
     assert "lora-linear left out: RuntimeError: no such kernel" in verdict.reason
 
@@ -166,25 +121,3 @@ def test_a_bf16_base_keeps_fp32_adapters() -> None:
     patched_step(model)
     gradients = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
     assert all(gradient is not None and gradient.dtype == torch.float32 and gradient.any() for gradient in gradients)
-
-
-# -- the model -------------------------------------------------------------------------------------------------------
-
-
-def test_targets_are_the_decoders_linears_without_router_and_head() -> None:
-    config = verify.shrink(transformers.Qwen3MoeConfig())
-    targets = target_linears(transformers.Qwen3MoeForCausalLM(config))
-    assert {"q_proj", "k_proj", "v_proj", "o_proj"} <= set(targets)
-    assert not {"gate", "lm_head"} & set(targets)
-
-
-@pytest.mark.parametrize("name", ["NoSuchForCausalLM", "LlamaForSequenceClassification"])
-def test_what_is_no_causal_language_model_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ModelUnsupportedError, match=name):
-        model_class({"architectures": [name]})
-
-
-def test_the_base_is_frozen_and_in_float32_on_a_cpu(tmp_path: Path) -> None:
-    base = load_base(make_model(tmp_path / "model"), torch.device("cpu"))
-    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
-    assert not any(parameter.requires_grad for parameter in base.parameters())

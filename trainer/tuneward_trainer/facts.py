@@ -39,7 +39,7 @@ def examine(folder: Path) -> Facts:
         kind = model_class(raw)
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         return _facts(kind.__name__, str(raw.get("model_type", "")), config.get_text_config(), build_empty(config, kind))
-    except (ModelUnsupportedError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ModelUnsupportedError, ImportError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
 
 
@@ -56,10 +56,14 @@ def _facts(architecture: str, model_type: str, text: Any, empty: Any) -> Facts:
 
 
 def _refuse_quantised(raw: dict[str, Any]) -> None:
-    quantised = raw.get("quantization_config")
-    if quantised:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else quantised
-        raise model_unsupported(f"the base model is quantised ({method}); use the same model in bf16 or fp32")
+    from tuneward_trainer.model import DEQUANTISED, quantised
+
+    method = quantised(raw)
+    if method is not None and method not in DEQUANTISED:
+        raise model_unsupported(
+            f"the base model is quantised ({method}); use the same model in bf16 or fp32, or in {' or '.join(DEQUANTISED)}, "
+            "which loading undoes"
+        )
 
 
 def _saved_per_token(text: Any) -> int:

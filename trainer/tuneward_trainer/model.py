@@ -15,15 +15,22 @@ from typing import Any, Final
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
+from transformers.quantizers.auto import AutoQuantizationConfig
 
 from tuneward_api.resolved import ResolvedMethod
 
 ADAPTER: Final = "default"
-NEVER_ADAPTED: Final = re.compile(r"(^|\.)(router|gate|shared_expert_gate|vision\w*|visual|multi_modal_projector)(\.|$)")
-"""Modules whose update harms (a router's choice is discrete) or that no engine adapts (vision)."""
+_ROUTERS: Final = r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?"
+"""Modules whose update harms: a router's choice is discrete."""
+DEQUANTISED: Final = ("fp8", "mxfp4")
+"""Formats of weights that loading turns back into numbers that can be trained on: Ministral 3, Devstral 2, gpt-oss."""
 
 
 class ModelUnsupportedError(Exception):
@@ -39,9 +46,13 @@ def model_class(config: dict[str, Any]) -> type[PreTrainedModel]:
             f"config.json names the architecture {names[0]!r}, which transformers {transformers.__version__} does not have; "
             "use a model whose class is part of transformers"
         )
-    if names[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    if names[0] not in (
+        *MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    ):
         raise ModelUnsupportedError(
-            f"{names[0]} is no causal language model; use a model whose config.json names a …ForCausalLM class"
+            f"{names[0]} is no language model that writes text; use a model whose config.json names a …ForCausalLM or an "
+            "image-text-to-text class"
         )
     kind: type[PreTrainedModel] = found
     return kind
@@ -61,14 +72,28 @@ def attention_of(kind: type[PreTrainedModel]) -> str:
     return "sdpa" if getattr(kind, "_supports_sdpa", False) else "eager"
 
 
+def quantised(config: dict[str, Any]) -> str | None:
+    """How the weights of a config.json are packed: fp8, mxfp4, …; None where they are plain numbers."""
+    found = config.get("quantization_config")
+    if not found:
+        return None
+    return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
+
+
 def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
-    """The base model, frozen: fp32 on a CPU, where bf16 is slower and no smaller in the end, and bf16 on a GPU."""
-    kind = model_class(read_config(folder))
+    """The base model, frozen: fp32 on a CPU, where bf16 is slower and no smaller in the end, and bf16 on a GPU. Weights
+    in a format of DEQUANTISED become plain ones."""
+    raw = read_config(folder)
+    kind = model_class(raw)
+    options: dict[str, Any] = {}
+    if quantised(raw) is not None:
+        options["quantization_config"] = AutoQuantizationConfig.from_dict(raw["quantization_config"] | {"dequantize": True})
     model = kind.from_pretrained(
         folder,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
         attn_implementation=attention_of(kind),
         local_files_only=True,
+        **options,
     )
     model.requires_grad_(False)
     # Dropout of the base model would make the loss of a document depend on its row.
@@ -82,31 +107,63 @@ def build_empty(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> PreTra
         return kind(config)
 
 
-def target_linears(model: nn.Module) -> list[str]:
-    """Names (last parts, sorted) of every Linear of the decoder: what LoRA is put on when the job names nothing.
-
-    Never the head, a router or vision; not PEFT's `all-linear`, which takes the latter two.
-    """
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Full names -> every Linear that may be adapted, in the model's order: the decoder's, but for its routers. Never the
+    head, and nothing of what sees or hears."""
+    inside = _decoder(model)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     found = {
-        name.rsplit(".", 1)[-1]
+        name: module
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head and not NEVER_ADAPTED.search(name)
+        if isinstance(module, nn.Linear)
+        and module is not head
+        and name.startswith(inside)
+        and not re.fullmatch(_ROUTERS, name)
     }
+    taken = _taken_for_experts(model, {_last(name) for name in found})
+    return {name: module for name, module in found.items() if _last(name) not in taken}
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _taken_for_experts(model: nn.Module, names: set[str]) -> set[str]:
+    """Names under which PEFT looks for the fused experts of mixtures, since these had Linears of that name once: what else
+    bears them (a shared expert, a dense layer) it leaves alone without a word."""
+    config = LoraConfig(target_modules=sorted(names))
+    if names:
+        convert_peft_config_for_transformers(config, model, None)
+    return names - set(config.target_modules or ())
+
+
+def _decoder(model: nn.Module) -> str:
+    """Prefix of the names of what reads and writes text."""
+    if not isinstance(model, PreTrainedModel):
+        return ""
+    decoder = model.get_decoder()
+    name = next((name for name, module in model.named_modules() if module is decoder), "")
+    return f"{name}." if name else ""
+
+
+def target_linears(model: nn.Module) -> list[str]:
+    """Names (last parts, sorted) of all of them: what LoRA is put on when the job names nothing. Not PEFT's `all-linear`,
+    which takes routers and vision too."""
+    found = {_last(name) for name in linears(model)}
     if not found:
-        raise ModelUnsupportedError("the model has no Linear layer to adapt; name some in spec.method.targetModules")
+        raise ModelUnsupportedError(
+            "its decoder has no torch.nn.Linear that can be adapted; use a model whose layers are Linear"
+        )
     return sorted(found)
 
 
 def adapted_linears(model: nn.Module, targets: list[str]) -> dict[str, nn.Linear]:
-    """Full names -> the Linears that `targets` (full names or last parts) select, in the model's order."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear)
-        and not NEVER_ADAPTED.search(name)
-        and any(name == target or name.endswith("." + target) for target in targets)
-    }
+    """Those that `targets` (full names or last parts) select."""
+    return {name: module for name, module in linears(model).items() if _selected(name, targets)}
+
+
+def _selected(name: str, targets: list[str]) -> bool:
+    return any(name == target or name.endswith("." + target) for target in targets)
 
 
 def adapter_parameters(model: nn.Module, targets: list[str], rank: int, *, dora: bool = False) -> int:
@@ -133,7 +190,7 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
         use_rslora=method.rs_lora,
         use_dora=method.type == "DoRA",
         target_modules=sorted(method.target_modules),
-        exclude_modules=NEVER_ADAPTED.pattern if _needs_exclusion(model, method.target_modules) else None,
+        exclude_modules=_excluded(model, method.target_modules),
         bias="none",
         task_type="CAUSAL_LM",
     )
@@ -146,11 +203,24 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
     return adapted
 
 
-def _needs_exclusion(model: nn.Module, targets: list[str]) -> bool:
-    return any(
-        isinstance(module, nn.Linear) and NEVER_ADAPTED.search(name) and name.rsplit(".", 1)[-1] in targets
+def _excluded(model: nn.Module, targets: list[str]) -> str | None:
+    """Regex for PEFT, which matches whole names, of what bears a target's name and is never adapted; None if nothing does:
+    PEFT warns of an exclusion that excludes nothing."""
+    allowed, inside = linears(model), _decoder(model)
+    alike = [
+        name
         for name, module in model.named_modules()
-    )
+        if isinstance(module, nn.Linear) and name not in allowed and _selected(name, targets)
+    ]
+    patterns = {_ROUTERS if name.startswith(inside) else _beside(name, inside) for name in alike}
+    return "|".join(sorted(patterns)) or None
+
+
+def _beside(name: str, inside: str) -> str:
+    """Regex of the largest part of the model that holds `name` and nothing of the decoder."""
+    parts, own = name.split("."), inside.split(".")
+    common = next(index for index, part in enumerate(parts) if part != own[index])
+    return re.escape(".".join(parts[: common + 1])) + r"(\..*)?"
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

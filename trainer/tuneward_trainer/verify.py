@@ -7,7 +7,6 @@ window of a real model, the same mistake would be invisible. The reference is th
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import logging
@@ -55,20 +54,40 @@ _SHRUNK: Final[dict[str, Any]] = {
     "shared_expert_intermediate_size": 32,
     "num_attention_heads": 4,
     "head_dim": 16,
+    # Latent attention (DeepSeek): keys and values of different widths.
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "qk_head_dim": 24,
+    "v_head_dim": 16,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 24,
+    # Per-layer embeddings and their second kind of attention head (Gemma 4).
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "global_head_dim": 32,
     "sliding_window": 24,
     "attention_chunk_size": 24,
     "num_local_experts": 4,
     "num_experts": 4,
     "n_routed_experts": 4,
     "num_experts_per_tok": 2,
+    # Experts in groups, of which some are chosen first, and layers without experts before them (DeepSeek).
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
     "max_position_embeddings": 256,
     # GPT-2's names.
     "n_embd": 64,
     "n_head": 4,
     "n_positions": 256,
     "n_inner": 96,
+    # Falcon's.
+    "ffn_hidden_size": 96,
+    "num_kv_heads": 4,
 }
 """Field of a config -> its value in the twin, where the model has that field and not None."""
+_SHALLOW: Final = {"num_hidden_layers": 1, "depth": 1, "num_layers": 1, "deepstack_visual_indexes": [0]}
+"""The same of what sees or hears: it is part of the class, and no text reaches it."""
 
 logger = logging.getLogger(__name__)
 
@@ -215,25 +234,67 @@ def twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PeftModel:
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy with small numbers: one layer of each kind, at least two layers."""
-    small = copy.deepcopy(config)
-    text = small.get_text_config()
-    kinds = list(dict.fromkeys(getattr(text, "layer_types", None) or []))
-    for name, value in _SHRUNK.items():
-        if getattr(text, name, None) is not None:
-            setattr(text, name, value)
-    heads, kv_heads = getattr(config.get_text_config(), "num_attention_heads", 1), getattr(text, "num_key_value_heads", None)
-    if kv_heads is not None:
-        # Grouped queries stay grouped.
-        text.num_key_value_heads = 4 if kv_heads == heads else 2
-    if kinds:
-        text.layer_types = kinds if len(kinds) > 1 else kinds * 2
-    layers = "num_hidden_layers" if getattr(text, "num_hidden_layers", None) is not None else "n_layer"
-    setattr(text, layers, max(2, len(kinds)))
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if getattr(text, name, None) is not None:
-            setattr(text, name, 0)
+    """The same config with small numbers: one layer of each kind, at least two layers, one of what sees."""
+    whole = config.to_dict()
+    whole.pop("quantization_config", None)
+    parts = {name: part for name, part in whole.items() if name.endswith("_config") and isinstance(part, dict)}
+    if config.get_text_config() is config:
+        whole = _small_text(whole)
+    else:
+        key = next(name for name in ("text_config", "llm_config", "language_config", "thinker_config") if name in parts)
+        whole[key] = _small_text(parts.pop(key))
+    for name, part in parts.items():
+        if name != "per_layer_config":
+            whole[name] = {**part, **{field: value for field, value in _SHALLOW.items() if field in part}}
+    small: PreTrainedConfig = type(config).from_dict(whole)
     return small
+
+
+def _small_text(values: dict[str, Any]) -> dict[str, Any]:
+    """Of the decoder's fields."""
+    small = {**values, **{name: value for name, value in _SHRUNK.items() if values.get(name) is not None}}
+    if values.get("num_key_value_heads") is not None:
+        # Grouped queries stay grouped.
+        small["num_key_value_heads"] = 4 if values["num_key_value_heads"] == values.get("num_attention_heads") else 2
+    if "head_dim" in values and values.get("qk_rope_head_dim") == values["head_dim"]:
+        # Some latent attentions call so the width that is rotated.
+        small["head_dim"] = small["qk_rope_head_dim"]
+    if isinstance(values.get("rope_parameters"), dict):
+        small["rope_parameters"] = _small_rope(values["rope_parameters"])
+    layers = "num_hidden_layers" if "num_hidden_layers" in values else "n_layer"
+    kinds = values.get("layer_types") or []
+    first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
+    chosen = first if len(first) > 1 else [0, 1]
+    # Whatever a config says layer by layer.
+    of_layers = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == values[layers]}
+    small |= {name: [value[index % len(value)] for index in chosen] for name, value in of_layers.items()}
+    small[layers] = len(chosen)
+    if values.get("per_layer_config"):
+        own = {int(index): part for index, part in values["per_layer_config"].items()}
+        small["per_layer_config"] = {str(at): _small_layer(own[index]) for at, index in enumerate(chosen) if index in own}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if small.get(name) is not None:
+            small[name] = 0
+    return small
+
+
+def _small_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """Of rotary embeddings that are stretched or split; as many numbers as half of a small head has."""
+    small: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            # One a kind of layer.
+            small[name] = _small_rope(value)
+        elif name in ("short_factor", "long_factor"):
+            small[name] = value[:8]
+        else:
+            small[name] = {"mrope_section": [2, 3, 3], "original_max_position_embeddings": 64}.get(name, value)
+    return small
+
+
+def _small_layer(values: dict[str, Any]) -> dict[str, Any]:
+    """What one layer has otherwise than the others (Gemma 4's wider heads): other numbers in the twin too."""
+    return {name: 2 * _SHRUNK[name] if name in _SHRUNK else value for name, value in values.items()}
 
 
 def _short(error: Exception) -> str:

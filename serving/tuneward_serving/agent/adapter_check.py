@@ -46,11 +46,19 @@ class Limits:
 
 
 Shapes = Mapping[str, tuple[int, ...]]
-"""Name of a tensor of the base model -> its shape."""
+"""Name of a tensor of the base model, from its layers on -> its shape."""
 
 
 def base_shapes(header: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    return {name: tensor.shape for name, tensor in header.items()}
+    return {_from_layers_on(name): tensor.shape for name, tensor in header.items()}
+
+
+def _from_layers_on(name: str) -> str:
+    """What models that also see call `language_model.model.layers.0` in their files is `model.language_model.layers.0`
+    once loaded, and in the adapter; their other parts have a first name that no decoder has."""
+    parts = name.split(".")
+    first = next((index for index, part in enumerate(parts) if part not in ("model", "language_model")), 0)
+    return ".".join(parts[first:])
 
 
 def check_files(folder: Path, wanted: WantedAdapter) -> Proof:
@@ -137,7 +145,7 @@ def _pairs(header: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _check_pair(module: str, down: Tensor, up: Tensor, shapes: Shapes, limits: Limits) -> None:
     """lora_A is [rank, in], lora_B [out, rank], the base's weight [out, in]."""
-    weight = shapes.get(f"{module}.weight")
+    weight = shapes.get(f"{_from_layers_on(module)}.weight")
     if weight is None:
         raise Refused(Reason.STRUCTURE_MISMATCH, f"the base model has no module {module}")
     if len(down.shape) != 2 or len(up.shape) != 2 or len(weight) != 2:

@@ -6,14 +6,17 @@ keys may hold no dot, and served names do. Only the model's thread may call in h
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from tuneward_serving.engine.errors import ApiError
@@ -109,16 +112,25 @@ def load_runner(folder: Path, device: str | None = None) -> Runner:
         torch.set_num_threads(usable_cpus())
     disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        str(folder),
-        dtype=torch.bfloat16 if where.startswith("cuda") else torch.float32,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    model = _load_model(folder, torch.bfloat16 if where.startswith("cuda") else torch.float32)
     model.requires_grad_(False)
     runner = Runner(model.to(where).eval(), tokenizer)
     _warm_up(runner)
     return runner
+
+
+def _load_model(folder: Path, dtype: torch.dtype) -> Any:
+    """As the class that config.json names, which is the one that was trained: an auto class may pick a text-only sibling,
+    whose layers have other names. Packed weights (fp8) are unpacked: adapters are exact on plain ones."""
+    config = json.loads((folder / "config.json").read_text())
+    named = next(iter(config.get("architectures") or []), "")
+    kind = getattr(transformers, named, AutoModelForCausalLM)
+    options: dict[str, Any] = {}
+    if config.get("quantization_config"):
+        options["quantization_config"] = AutoQuantizationConfig.from_dict(
+            config["quantization_config"] | {"dequantize": True}
+        )
+    return kind.from_pretrained(str(folder), dtype=dtype, local_files_only=True, use_safetensors=True, **options)
 
 
 def _warm_up(runner: Runner) -> None:

@@ -1,0 +1,189 @@
+"""Many families of models: each is right with packed rows, or one document at a time, or refused with a sentence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from tests.trainer.families import ONE_DOCUMENT, PACKED, examine, served_class
+from tests.trainer.jobs import make_model, tiny_config
+
+from tuneward_api.resolved import ResolvedMethod
+from tuneward_trainer import patches, verify
+from tuneward_trainer.facts import examine as facts_of
+from tuneward_trainer.model import (
+    ModelUnsupportedError,
+    add_adapters,
+    load_base,
+    model_class,
+    target_linears,
+    trainable,
+)
+from tuneward_trainer.report import EndError
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_every_patch_agrees_with_the_plain_model(family: str) -> None:
+    verdict = examine(PACKED[family])
+    assert (verdict.mode, verdict.patches) == ("Packed", list(patches.ALL)), verdict.reason
+
+
+@pytest.mark.parametrize("family", ONE_DOCUMENT)
+def test_a_family_that_cannot_be_packed_gets_one_document_a_forward(family: str) -> None:
+    verdict = examine(ONE_DOCUMENT[family])
+    assert verdict.mode == "OneDocument"
+    assert verdict.patches == [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
+    assert verdict.reason
+
+
+# -- what LoRA is put on ---------------------------------------------------------------------------------------------
+
+
+def adapted(family: str) -> set[str]:
+    """Names of what is trained in the family's twin, without `lora_A.default.weight`."""
+    model = verify.twin(served_class(PACKED[family]), PACKED[family])
+    return {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in trainable(model)}
+
+
+@pytest.mark.parametrize("family", ["mistral3", "gemma3", "gemma4", "qwen3_vl"])
+def test_nothing_that_sees_is_adapted(family: str) -> None:
+    names = adapted(family)
+    assert {name.rsplit(".", 1)[-1] for name in names} >= ATTENTION
+    assert all(name.startswith("model.language_model.") for name in names), names
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "glm4_moe", "deepseek_v3", "gpt_oss"])
+def test_of_a_mixture_neither_router_nor_fused_experts_are_adapted(family: str) -> None:
+    """PEFT takes gate_proj, up_proj and down_proj of these families for the experts that were Linears once."""
+    names = adapted(family)
+    assert names
+    assert all(".self_attn." in name for name in names), names
+
+
+def test_what_peft_would_take_for_experts_is_refused_by_name() -> None:
+    config = verify.shrink(PACKED["glm4_moe"])
+    model = served_class(config)(config)
+    assert set(target_linears(model)) == ATTENTION
+    method = ResolvedMethod(
+        type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=["up_proj"], trainable_parameters=0
+    )
+    with pytest.raises(ModelUnsupportedError, match="up_proj"):
+        add_adapters(model, method, seed=0, base_uri="")
+
+
+def test_targets_are_the_decoders_linears_without_router_and_head() -> None:
+    config = verify.shrink(transformers.Qwen3MoeConfig())
+    targets = target_linears(transformers.Qwen3MoeForCausalLM(config))
+    assert set(targets) >= ATTENTION
+    assert not {"gate", "lm_head"} & set(targets)
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["NoSuchForCausalLM", "LlamaForSequenceClassification"])
+def test_what_writes_no_text_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelUnsupportedError, match=name):
+        model_class({"architectures": [name]})
+
+
+def test_the_base_is_frozen_and_in_float32_on_a_cpu(tmp_path: Path) -> None:
+    base = load_base(make_model(tmp_path / "model"), torch.device("cpu"))
+    assert {parameter.dtype for parameter in base.parameters()} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def quantise(folder: Path, *, block: int | None) -> dict[str, torch.Tensor]:
+    """Packs the Linears of a model into fp8, as Ministral 3 (one scale a tensor) and DeepSeek (one a block) ship them.
+    Returns what each weight is worth then."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8",
+        "activation_scheme": "static" if block is None else "dynamic",
+        "weight_block_size": block and [block, block],
+        "modules_to_not_convert": ["lm_head"],
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    packed: dict[str, torch.Tensor] = {}
+    worth: dict[str, torch.Tensor] = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        if "_proj" not in name:
+            packed[name] = worth[name] = weight
+            continue
+        rows, columns = weight.shape
+        side = block or max(rows, columns)
+        tiles = weight.reshape(-(-rows // side), min(side, rows), -(-columns // side), min(side, columns))
+        scale = tiles.abs().amax((1, 3)) / 448
+        tiles = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+        packed[name] = tiles.reshape(rows, columns)
+        packed[f"{name}_scale_inv"] = scale if block else scale[0, 0]
+        if block is None:
+            packed[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
+        worth[name] = (tiles.float() * scale[:, None, :, None]).reshape(rows, columns)
+    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
+    return worth
+
+
+@pytest.mark.parametrize("block", [None, 16])
+def test_an_fp8_base_is_unpacked_while_it_is_loaded(tmp_path: Path, block: int | None) -> None:
+    folder = make_model(tmp_path / "model")
+    worth = quantise(folder, block=block)
+    base = load_base(folder, torch.device("cpu"))
+    loaded = base.state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    for name, weight in worth.items():
+        torch.testing.assert_close(loaded[name], weight, rtol=1e-6, atol=0)
+    assert facts_of(folder).parameters == sum(parameter.numel() for parameter in base.parameters())
+    assert verify.verify(folder, tmp_path / "verify").mode == "Packed"
+
+
+def test_another_way_of_packing_is_refused_with_what_is_allowed(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(EndError, match=r"quantised \(gptq\); use the same model in bf16 or fp32, or in fp8 or mxfp4"):
+        facts_of(folder)
+
+
+def mistral3(folder: Path) -> Path:
+    """A tiny one that sees, saved as its checkpoints are: the decoder's names begin with language_model there."""
+    text = tiny_config(tie_word_embeddings=False).to_dict() | {"model_type": "mistral", "architectures": None}
+    eyes = {"model_type": "pixtral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8,
+            "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    config = transformers.Mistral3Config(
+        text_config=text, vision_config=eyes, architectures=["Mistral3ForConditionalGeneration"]
+    )
+    return make_model(folder, config)
+
+
+def test_the_class_that_sees_is_trained_and_its_adapter_loads_in_plain_peft(tmp_path: Path) -> None:
+    folder = mistral3(tmp_path / "model")
+    base = load_base(folder, torch.device("cpu"))
+    assert type(base).__name__ == "Mistral3ForConditionalGeneration"
+    method = ResolvedMethod(
+        type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=target_linears(base),
+        trainable_parameters=0,
+    )  # fmt: skip
+    model = add_adapters(base, method, seed=0, base_uri="")
+    with torch.no_grad():
+        for parameter in trainable(model).values():
+            parameter.normal_(std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_base(folder, torch.device("cpu")), tmp_path / "adapter")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(logits(model, ids), logits(again, ids))
+    assert not torch.equal(logits(model, ids), logits(load_base(folder, torch.device("cpu")), ids))
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(input_ids=ids).logits
+    return found
