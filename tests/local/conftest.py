@@ -12,9 +12,9 @@ BY_USER = [pytest.param(user, id=user.name, marks=pytest.mark.slow if user is CA
 """The third way to run containers is rarely taken and its tests repeat the others'."""
 
 
-@pytest.fixture(scope="session", params=BY_USER)
+@pytest.fixture(scope="package", params=BY_USER)
 def shared(request: pytest.FixtureRequest) -> Iterator[Machine]:
-    """A running cluster that tests share, by each user in turn."""
+    """A running cluster that tests share, by each user in turn; ended with the last of them, since it is never idle."""
     user: User = request.param
     with machine(user) as made:
         made.up("--fake-gpus", "3")

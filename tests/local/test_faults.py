@@ -132,15 +132,14 @@ def test_subpath_mounts_are_cleaned_up_after_a_crash(breakable: Machine) -> None
         pod("trains", sh("echo kept > /mnt/run/r; exec sleep 600"), volumes=[volume], container={"volumeMounts": mounts})
     )
     uid = ns.await_pod("trains", "Running")["metadata"]["uid"]
-    wait_for(lambda: list(breakable.data.rglob("jobs/j/r")), what="the file in the store")
+    wait_for(lambda: list((breakable.data / "volumes").rglob("jobs/j/r")), what="the file in the store")
     breakable.signal_server(signal.SIGKILL)
     breakable.up()
     assert ns.kubectl("exec", "trains", "--", "cat", "/mnt/run/r") == "kept\n"
     ns.kubectl("delete", "pod", "trains")
-    wait_for(
-        lambda: not list(breakable.data.rglob(f"pods/{uid}")), what="the kubelet's directory of the pod to go", timeout=60
-    )
-    (kept,) = {path.read_text() for path in breakable.data.rglob("jobs/j/r")}
+    folder = breakable.data / "kubelet" / "pods" / uid
+    wait_for(lambda: not folder.exists(), what="the kubelet's directory of the pod to go", timeout=60)
+    (kept,) = {path.read_text() for path in (breakable.data / "volumes").rglob("jobs/j/r")}
     assert kept == "kept\n"
     again = pod("again", sh("cat /mnt/run/r"), volumes=[volume], container={"volumeMounts": mounts})
     assert ns.finish(again) == "kept\n"
