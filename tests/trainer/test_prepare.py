@@ -334,7 +334,7 @@ def test_models_that_cannot_be_trained(room: Room, unverified: None, smollm2: Pa
     folder = room.root / "store/imports/other"
     folder.mkdir(parents=True)
     config = json.loads((smollm2 / "config.json").read_text())
-    changed = {"quantised": {"quantization_config": {"quant_method": "fp8"}}, "unknown": {"architectures": ["NoSuchModel"]}}
+    changed = {"quantised": {"quantization_config": {"quant_method": "gptq"}}, "unknown": {"architectures": ["NoSuchModel"]}}
     (folder / "config.json").write_text(json.dumps(config | changed.get(model, {})))
     (folder / ("a.bin" if model == "bin" else "a.safetensors")).write_bytes(b"")
     room.request["spec"]["model"]["uri"] = "pvc://tuneward-store/imports/other"
@@ -342,7 +342,7 @@ def test_models_that_cannot_be_trained(room: Room, unverified: None, smollm2: Pa
     assert (code, report["reason"]) == (78, "ModelUnsupported")
     assert {
         "bin": "holds no .safetensors file",
-        "quantised": "the base model is quantised (fp8)",
+        "quantised": "the base model is quantised (gptq)",
         "unknown": "names the architecture 'NoSuchModel'",
         "slow": "the base model's tokenizer cannot be read",
     }[model] in report["message"]

@@ -256,7 +256,7 @@ def _small_text(values: dict[str, Any]) -> dict[str, Any]:
     if values.get("num_key_value_heads") is not None:
         # Grouped queries stay grouped.
         small["num_key_value_heads"] = 4 if values["num_key_value_heads"] == values.get("num_attention_heads") else 2
-    if "head_dim" in values and values.get("qk_rope_head_dim") == values["head_dim"]:
+    if values.get("head_dim") is not None and values.get("qk_rope_head_dim") == values["head_dim"]:
         # Some latent attentions call so the width that is rotated.
         small["head_dim"] = small["qk_rope_head_dim"]
     if isinstance(values.get("rope_parameters"), dict):
