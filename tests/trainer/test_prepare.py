@@ -9,86 +9,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.trainer.rooms import UNVERIFIED, Room, chats, write
 
 from tuneward_api import manifest, names
 from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import defaults, prepare, store, verify
-from tuneward_trainer.__main__ import main
 from tuneward_trainer.model import ModelUnsupportedError
 from tuneward_trainer.report import EndError
-
-UNVERIFIED = ResolvedPacking(mode="OneDocument", reason="not asked in this test")
-
-
-@dataclass
-class Room:
-    """A store, a claim with the model, a ConfigMap with data, and where the report goes."""
-
-    root: Path
-    request: dict[str, Any]
-
-    def run(self, command: str = "prepare") -> tuple[int, dict[str, Any]]:
-        file = self.root / "request.json"
-        file.write_text(json.dumps(self.request))
-        code = main([command, "--request", str(file)])
-        return code, json.loads((self.root / "termination-log").read_text())
-
-    @property
-    def run_directory(self) -> Path:
-        return self.root / "store/jobs/bot-01234567"
-
-
-def chats(count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"How heavy is {i}?"},
-                {"role": "assistant", "content": f"It is {i} grams."},
-            ]
-        }
-        for i in range(count)
-    ]
-
-
-def write(path: Path, values: list[Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(value) + "\n" for value in values))
-
-
-@pytest.fixture
-def room(tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Room:
-    for name, folder in [
-        (names.ENV_STORE_DIR, tmp_path / "store"),
-        (names.ENV_CLAIMS_DIR, smollm2.parents[1]),
-        (names.ENV_CONFIGMAPS_DIR, tmp_path / "configmaps"),
-        (names.ENV_TERMINATION_LOG, tmp_path / "termination-log"),
-    ]:
-        monkeypatch.setenv(name, str(folder))
-    (tmp_path / "store").mkdir()
-    write(tmp_path / "configmaps/chats/train.jsonl", chats(20))
-    request = {
-        "job": {"namespace": "team", "name": "bot", "uid": "01234567-89ab"},
-        "spec": {
-            "model": {"uri": f"pvc://{smollm2.parent.name}/{smollm2.name}"},
-            "datasets": {"training": [{"uri": "configmap://chats/train.jsonl"}]},
-            "workers": {"gpusPerWorker": 0},
-        },
-        "images": {"trainer": "tuneward"},
-        "storeClaim": "tuneward-store",
-        "runDirectory": "jobs/bot-01234567",
-    }
-    return Room(tmp_path, request)
-
-
-@pytest.fixture
-def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of the patches takes seconds and has its own tests."""
-    monkeypatch.setattr(prepare, "verify", lambda found: UNVERIFIED)
 
 
 def test_the_report_holds_every_default(room: Room, unverified: None) -> None:
@@ -447,24 +378,3 @@ def test_pretraining_may_take_larger_batches() -> None:
 )
 def test_quantities(quantity: int | str, expected: int) -> None:
     assert defaults.to_bytes(quantity) == expected
-
-
-def test_validate_says_what_prepare_would(
-    room: Room, smollm2: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
-    file = tmp_path / "configmaps/chats/train.jsonl"
-    assert main(["validate", "--model", str(smollm2), str(file)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "20 samples; 880 tokens, 150 of them learnt",
-        "tokens of a document:",
-        "  up to      64        20 ########################################",
-    ]
-    write(file, [{"text": None}, *[{"text": ""}] * 150])
-    (room.root / "request.json").write_text(json.dumps(room.request))
-    assert main(["validate", "--request", str(room.root / "request.json")]) == 65
-    lines = capsys.readouterr().out.splitlines()
-    assert (lines[0], lines[-2:]) == (
-        "configmap://chats/train.jsonl:1: text is null; allowed: a text",
-        ["… and 51 more", "151 problems"],
-    )
-    assert main(["validate", "--model", str(tmp_path / "nix"), str(file)]) == 66

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from tuneward_trainer.data import tables
+from tuneward_trainer.data.calls import unique
 from tuneward_trainer.data.problems import SampleError
 
 ENDINGS: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -57,7 +58,7 @@ def parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:
         raise SampleError("", "is UTF-16 or UTF-32", f"{_JSONL}; convert with: iconv -f UTF-16 -t UTF-8")
     try:
-        value = json.loads(line.decode())
+        value = json.loads(line.decode(), object_pairs_hook=_once)
     except UnicodeDecodeError as error:
         raise SampleError("", f"is no UTF-8 at byte {error.start + 1}", _JSONL) from error
     except (ValueError, RecursionError) as error:
@@ -67,6 +68,10 @@ def parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
         kind = "a JSON array: write jq -c '.[]' FILE" if isinstance(value, list) else f"a JSON {type(value).__name__}"
         raise SampleError("", f"is {kind}", _JSONL)
     return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return unique(pairs, "")
 
 
 def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:

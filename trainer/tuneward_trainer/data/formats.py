@@ -5,12 +5,12 @@ Here stands what is true for every model; what the model's chat template does wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple, TypeAlias
 
 from tuneward_api.datasets import DataFormat
+from tuneward_trainer.data.calls import parse
 from tuneward_trainer.data.messages import Weighed, read_message, read_messages, text_of, tools_of
 from tuneward_trainer.data.problems import SampleError, show
 
@@ -209,10 +209,7 @@ def _entry(value: Any, path: str) -> Weighed:
 def _function_calls(value: Any, path: str) -> list[dict[str, Any]]:
     """The calls that stand in a turn of function_call."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise SampleError(path, f"is no JSON ({error})", _CALL) from error
+        value = parse(value, path, _CALL)
     calls = value if isinstance(value, list) else [value]
     if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
         raise SampleError(path, f"is {show(value)}", _CALL)

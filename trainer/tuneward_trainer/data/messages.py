@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 
+from tuneward_trainer.data.calls import arguments_of, parse
 from tuneward_trainer.data.problems import SampleError, show
 
 Weighed: TypeAlias = tuple[dict[str, Any], int]
@@ -24,6 +24,7 @@ FIELDS: Final = (
     "thinking",
 )
 _TEXT: Final = "a text"
+_TOOLS: Final = "a list of tools, or its JSON text"
 
 
 def read_messages(value: Any, path: str, read: Callable[[Any, str], Weighed] | None = None) -> list[Weighed]:
@@ -117,7 +118,7 @@ def text_of(value: Any, path: str, *, empty: bool = False) -> str:
 
 
 def _calls(value: Any, path: str) -> list[dict[str, Any]]:
-    """Tool calls with their arguments as an object: engines parse OpenAI's JSON text before they render, so do we."""
+    """Tool calls with their arguments as an object."""
     if value is None:
         return []
     if not isinstance(value, list):
@@ -129,28 +130,31 @@ def _call(value: Any, path: str) -> dict[str, Any]:
     function = value.get("function") if isinstance(value, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise SampleError(path, f"is {show(value)}", '{"type": "function", "function": {"name": …, "arguments": …}}')
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except ValueError as error:
-            raise SampleError(
-                f"{path}.function.arguments", f"is no JSON ({error})", "an object, or its JSON text"
-            ) from error
-    if arguments is not None and not isinstance(arguments, dict):
-        raise SampleError(f"{path}.function.arguments", f"is {show(arguments)}", "an object, or its JSON text")
-    return {**value, "function": {**function, "arguments": arguments or {}}}
+    arguments = arguments_of(function.get("arguments"), f"{path}.function.arguments")
+    return {**value, "function": {**function, "arguments": arguments}}
 
 
 def tools_of(value: Any) -> list[dict[str, Any]] | None:
     """Tools may be given as a JSON text: tables have no column of changing shape."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise SampleError("tools", f"is no JSON ({error})", "a list of tools, or its JSON text") from error
+        value = parse(value, "tools", _TOOLS)
     if value in (None, []):
         return None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
-        raise SampleError("tools", f"is {show(value)}", "a list of tools, or its JSON text")
-    return value
+    if not isinstance(value, list):
+        raise SampleError("tools", f"is {show(value)}", _TOOLS)
+    return [_tool(tool, f"tools[{index}]") for index, tool in enumerate(value)]
+
+
+def _tool(value: Any, path: str) -> dict[str, Any]:
+    """As vLLM hands it to the template, whatever order the data has: type and function, and of the function name,
+    description and parameters first, null where they are absent. A bare function is one that a client has to wrap."""
+    bare = isinstance(value, dict) and "function" not in value and "name" in value
+    function = value if bare else value.get("function") if isinstance(value, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+        raise SampleError(path, f"is {show(value)}", '{"type": "function", "function": {"name": …, "parameters": …}}')
+    text_of(function.get("description") or "", f"{path}.function.description", empty=True)
+    if not isinstance(function.get("parameters") or {}, dict):
+        raise SampleError(f"{path}.function.parameters", f"is {show(function['parameters'])}", "a JSON schema")
+    first = {"name": function["name"], "description": None, "parameters": None}
+    around = {} if bare else {key: item for key, item in value.items() if key not in ("type", "function")}
+    return {"type": "function", "function": first | {k: v for k, v in function.items() if not bare or k != "type"}, **around}

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from jinja2 import TemplateError
 
+from tuneward_trainer.data.calls import dropped, marked, stands
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
 from tuneward_trainer.data.problems import SampleError, show
 
@@ -217,10 +218,38 @@ class _Conversation:
         whole = self.upto(count)
         if tools and self._is_same(count, messages, None):
             raise SampleError("tools", _IGNORED, _CUT)
+        for index, tool in enumerate(tools or ()):
+            if not stands(tool["function"]["name"], whole):
+                raise SampleError(f"tools[{index}].function.name", _IGNORED, _CUT)
         for index, message in enumerate(messages):
             for path, without in _without(message, whole):
                 if self._is_same(index + 1, [*messages[:index], without], tools):
                     raise SampleError(f"{self.chat.path(index)}.{path}", _IGNORED, _CUT)
+            if message.get("tool_calls"):
+                self._check_calls(index)
+
+    def _check_calls(self, index: int) -> None:
+        """The name and every argument stand in the turn's own text; and other values would stand there too, as a short
+        one may be there by chance."""
+        message, place = self.chat.messages[index], f"{self.chat.path(index)}.tool_calls"
+        if lost := list(dropped(message["tool_calls"], self._own(index))):
+            raise SampleError.of([SampleError(place + path, _IGNORED, _CUT) for path in lost])
+        marks = marked(message["tool_calls"])
+        try:
+            text = self._render([*self.chat.messages[:index], {**message, "tool_calls": marks}], self.chat.tools, False)
+        except SampleError:
+            return  # a template that minds the values has read them
+        if lost := list(dropped(marks, text)):
+            raise SampleError.of([SampleError(place + path, _IGNORED, _CUT) for path in lost])
+
+    def _own(self, index: int) -> str:
+        """What a message adds to the text; all of it where that cannot be told."""
+        text = self.upto(index + 1)
+        try:
+            before = self.upto(index) if index else ""
+        except SampleError:
+            return text
+        return text.removeprefix(before)
 
     def _is_same(self, count: int, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> bool:
         """Whether the text is the same without a field; a template that cannot do without the field has read it."""
@@ -251,16 +280,6 @@ def _without(message: dict[str, Any], whole: str) -> Iterator[tuple[str, dict[st
             yield key, {name: value for name, value in message.items() if name != key}
     if message.get("name") and message["role"] != "tool":
         yield "name", {name: value for name, value in message.items() if name != "name"}
-    calls = message.get("tool_calls", [])
-    for index, call in enumerate(calls):
-        for key, other in (("name", f"{call['function']['name']}_"), ("arguments", {})):
-            if call["function"][key]:
-                bare = {**call, "function": {**call["function"], key: other}}
-                yield f"tool_calls[{index}].function.{key}", {**message, "tool_calls": _replaced(calls, index, bare)}
-
-
-def _replaced(calls: list[dict[str, Any]], index: int, call: dict[str, Any]) -> list[dict[str, Any]]:
-    return [*calls[:index], call, *calls[index + 1 :]]
 
 
 def _gaps(left_out: list[Span], length: int) -> Iterator[Span]:
