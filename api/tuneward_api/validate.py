@@ -58,7 +58,12 @@ def validate_document(document: Document) -> tuple[Model | None, list[Problem]]:
     try:
         return KINDS[kind].model_validate(value), []
     except ValidationError as error:
-        return None, [_problem(document, KINDS[kind], detail) for detail in error.errors(include_url=False)]
+        return None, problems_of(document, KINDS[kind], error)
+
+
+def problems_of(document: Document, model: type[BaseModel], error: ValidationError) -> list[Problem]:
+    """Where in `document` a value is not one that `model` takes, and what it takes."""
+    return [_problem(document, model, detail) for detail in error.errors(include_url=False)]
 
 
 def _missing(document: Document, value: dict[str, Any]) -> list[Problem]:
@@ -69,7 +74,7 @@ def _missing(document: Document, value: dict[str, Any]) -> list[Problem]:
     ]
 
 
-def _problem(document: Document, model: type[Model], detail: ErrorDetails) -> Problem:
+def _problem(document: Document, model: type[BaseModel], detail: ErrorDetails) -> Problem:
     path = _in_document(document.value, detail["loc"])
     return Problem(document.file, document.line_of(path), show_path(path), _sentence(model, path, detail))
 
@@ -88,7 +93,7 @@ def _in_document(value: Any, loc: Iterable[str | int]) -> Path:
     return tuple(path)
 
 
-def _sentence(model: type[Model], path: Path, detail: ErrorDetails) -> str:
+def _sentence(model: type[BaseModel], path: Path, detail: ErrorDetails) -> str:
     """What was seen and what is allowed, in one sentence."""
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "missing":

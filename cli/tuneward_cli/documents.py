@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,21 @@ from tuneward_api.finetunejob import FineTuneJob
 from tuneward_api.loader import Document, YamlError, load_documents
 from tuneward_api.names import ExitCode
 from tuneward_api.validate import Problem, validate_document
+from tuneward_cli import mistral_finetune
 from tuneward_cli.errors import CommandError
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A file's documents: all as they are, ours also as models."""
+    """A file's documents: all as they are, ours also as models. `notes` and `claims` are of a job that was translated
+    from mistral-finetune's YAML."""
 
     file: Path
     documents: list[Document]
     resources: list[Model]
     problems: list[Problem]
+    notes: list[str] = field(default_factory=list)
+    claims: dict[str, Path] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[FineTuneJob]:
@@ -46,6 +50,8 @@ def load(file: Path) -> Loaded:
         ) from error
     except (YamlError, UnicodeDecodeError) as error:
         raise CommandError(str(error), paste=f"tuneward validate {file}", code=ExitCode.CONFIG_BAD) from error
+    if len(documents) == 1 and mistral_finetune.is_one(documents[0]):
+        return _translated(file, documents[0])
     resources: list[Model] = []
     problems: list[Problem] = []
     for document in documents:
@@ -54,6 +60,14 @@ def load(file: Path) -> Loaded:
         if resource is not None:
             resources.append(resource)
     return Loaded(file=file, documents=documents, resources=resources, problems=problems)
+
+
+def _translated(file: Path, document: Document) -> Loaded:
+    translation, problems = mistral_finetune.translate(document)
+    if translation is None:
+        return Loaded(file=file, documents=[document], resources=[], problems=problems)
+    job = FineTuneJob.model_validate(translation.job.value)
+    return Loaded(file, [translation.job], [job], [], translation.notes, translation.claims)
 
 
 def load_valid(file: Path) -> Loaded:

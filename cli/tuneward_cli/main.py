@@ -79,9 +79,25 @@ def _work_commands(commands: Commands) -> None:
     train.add_argument(
         "--workers", type=_positive, metavar="N", help="processes; any number gives the same result, up to rounding"
     )
+    _add_validate(commands)
+
+
+def _add_validate(commands: Commands) -> None:
     check = _command(commands, "validate", _validate, "show every error of YAML or data files", "output")
-    check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML, or with --model .jsonl and .jsonl.gz")
+    check.add_argument("files", nargs="+", type=Path, metavar="FILE", help="YAML, or with --model files of samples")
+    check.add_argument("--store", type=Path, metavar="DIR", help="look at the data of the jobs too, as tuneward train would")
+    check.add_argument(
+        "--claim", action="append", default=[], type=_pair, metavar="NAME=DIR", help="folder of another claim"
+    )
     check.add_argument("--model", type=Path, metavar="DIR", help="check data with this model's chat template")
+    check.add_argument(
+        "--validation", action="append", default=[], type=Path, metavar="FILE", help="held-out samples beside FILE"
+    )
+    check.add_argument("--sequence-length", type=_positive, metavar="TOKENS", help="longest sample that is allowed")
+    check.add_argument("--show", type=_positive, metavar="N", help="tokens of N samples of each source, those learnt marked")
+    check.add_argument(
+        "--write-corrected", type=Path, metavar="DIR", help="write the files without bad samples; overwrites nothing"
+    )
 
 
 def _look_commands(commands: Commands) -> None:
@@ -216,7 +232,17 @@ def _train(options: Arguments) -> int:
 def _validate(options: Arguments) -> int:
     from tuneward_cli import checks
 
-    return checks.validate(options.files, options.model, Voice(options.output))
+    wanted = checks.Wanted(
+        files=options.files,
+        store=options.store,
+        claims=dict(options.claim),
+        model=options.model,
+        validation=options.validation,
+        sequence_length=options.sequence_length,
+        show=options.show,
+        corrected=options.write_corrected,
+    )
+    return checks.validate(wanted, Voice(options.output))
 
 
 def _watch(options: Arguments) -> int:

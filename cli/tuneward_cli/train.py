@@ -37,8 +37,10 @@ def train(options: Options, voice: Voice) -> int:
     """Exit code. Raises CommandError with a sentence for everything that ends without a model."""
     loaded = load_valid(options.file)
     job = workstation.with_workers(the_job(loaded, options.name), options.workers)
-    place = workstation.place_of(job, options.store, dict(options.claims))
+    place = workstation.place_of(job, options.store, {**loaded.claims, **dict(options.claims)})
     name = str(job.metadata["name"])
+    for note in loaded.notes:
+        voice.line(f"  {note}")
     for item in workstation.skipped(loaded, job):
         voice.line(f"  {item} is skipped: a workstation trains and serves nothing")
     try:

@@ -45,11 +45,12 @@ R = TypeVar("R", bound=Report)
 
 @dataclass(frozen=True)
 class Place:
-    """Folders of one job below the store."""
+    """Folders of one job below the store. `command`: what the person typed, for what errors say to paste."""
 
     store: Path
     run: Path
     claims: Mapping[str, Path] = field(default_factory=dict)
+    command: str = "train"
 
     @property
     def request(self) -> Path:
@@ -213,7 +214,7 @@ def _link_claims(place: Place, job: FineTuneJob, store_claim: str) -> None:
         if claim not in place.claims:
             raise CommandError(
                 f"InputMissing: the claim {claim} is no folder of this machine yet; say which one stands for it",
-                paste=f"tuneward train FILE --claim {claim}=DIR",
+                paste=f"tuneward {place.command} FILE --claim {claim}=DIR",
                 code=ExitCode.INPUT_MISSING,
             )
         link = place.claims_dir / claim

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tuneward_trainer.data.build import DataError, Summary, build
+from tuneward_trainer.data.build import DataError, SourceCounts, Summary, build
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.samples import Limits, Source
@@ -57,7 +57,8 @@ def test_documents_know_where_they_came_from_and_copies_share_ids(tmp_path: Path
         ("pvc://data/c.jsonl", 1, "seven eight<|im_end|>"),
         ("pvc://data/c.jsonl", 2, "three<|im_end|>"),
     ]
-    assert documents.start(0) == documents.start(1) != documents.start(2)
+    assert documents.span(0) == documents.span(1) != documents.span(2)
+    assert (documents.originals().tolist(), documents.samples().tolist()) == ([0, 2, 4, 6, 7], [0, 2, 4, 6, 7])
     assert documents[0].weights.tolist() == [0, 1, 1]
     assert (
         summary
@@ -69,7 +70,10 @@ def test_documents_know_where_they_came_from_and_copies_share_ids(tmp_path: Path
             target_tokens=15,
             longest=4,
             duplicates=1,
-            formats=dict.fromkeys((one.uri for one in sources), "Text"),
+            sources=[
+                SourceCounts("pvc://data/many", "training", 2, "Text", samples=3, documents=6, tokens=18, target_tokens=12),
+                SourceCounts("pvc://data/c.jsonl", "training", 1, "Text", samples=2, documents=2, tokens=5, target_tokens=3),
+            ],
         )
     )
 

@@ -33,6 +33,10 @@ def _add_validate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", type=Path, metavar="DIR", help="check FILES with the template of this model")
     command.add_argument("--sequence-length", type=int, metavar="TOKENS", help="longest sample that is allowed")
     command.add_argument("--loss-on", choices=("Assistant", "LastAssistant", "All"), default="Assistant")
+    command.add_argument("--validation", type=Path, action="append", default=[], metavar="FILE", help="held-out samples")
+    command.add_argument("--show", type=int, default=0, metavar="N", help="tokens and loss of N samples of each source")
+    command.add_argument("--write-corrected", type=Path, metavar="DIR", help="write files without the bad samples")
+    command.add_argument("--output", choices=("text", "json"), default="text")
     command.add_argument("files", nargs="*", type=Path, metavar="FILES")
 
 

@@ -36,8 +36,8 @@ from tuneward_trainer.store import Places, alone, make_directory
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
-_CACHE_VERSION: Final = 3
-"""Raised when the same bytes would give other tokens or masks."""
+_CACHE_VERSION: Final = 4
+"""Raised when the same bytes would give other tokens or masks, or the cache holds other files."""
 _TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 

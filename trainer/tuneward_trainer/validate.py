@@ -1,77 +1,131 @@
-"""`validate`: what prepare would say about data, without a job: counts, lengths, and every error."""
+"""`validate`: what prepare would say about data, and more of it: every error, counts, lengths, samples that occur twice.
+
+Reads as prepare reads, through the same code; nothing is loaded or kept but some numbers a sample.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
-
-import numpy as np
-from numpy.typing import NDArray
 
 from tuneward_api.files import Request
 from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import ExitCode
+from tuneward_api.objective import SUPERVISED, ResolvedObjective
+from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer import defaults, models
-from tuneward_trainer.data.build import DataError, Summary, build
-from tuneward_trainer.data.documents import TRAINING, Documents
+from tuneward_trainer.data import corrected, show
+from tuneward_trainer.data.build import Gathered, gather
+from tuneward_trainer.data.corrected import Corrected
+from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.encode import Encoder
-from tuneward_trainer.data.problems import Problems
 from tuneward_trainer.data.render import LossOn
-from tuneward_trainer.data.samples import Limits, Source
-from tuneward_trainer.facts import examine, load_tokenizer, stop_ids
+from tuneward_trainer.data.samples import Limits, Source, Worker
+from tuneward_trainer.facts import Facts, examine, load_tokenizer, stop_ids
+from tuneward_trainer.findings import Findings
 from tuneward_trainer.prepare import read_request, sources
 from tuneward_trainer.report import config_bad, ending, input_missing, start_logging
 from tuneward_trainer.store import Places
 
-SHOWN: Final = 100
-"""Problems that are printed."""
-_BAR: Final = 40
-
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be checked, with which model."""
+    """What is to be checked, with which model and which numbers of the job."""
 
     model: Path
+    facts: Facts
     training: Sequence[Source]
     validation: Sequence[Source]
     loss_on: LossOn
     limits: Limits
+    hyper: Hyperparameters
+    objective: ResolvedObjective
+
+    def files(self) -> list[tuple[str, Path]]:
+        return [file for source in (*self.training, *self.validation) for file in source.files()]
 
 
 def main(arguments: argparse.Namespace) -> int:
     """Returns the exit code."""
     start_logging()
-    code, error = ending(lambda: _run(arguments))
+    findings, error = ending(lambda: _run(arguments))
+    as_json = arguments.output == "json"
     if error is not None:
         sys.stderr.write(f"{error.message}\n")
+        if as_json:
+            _write_json({"valid": False, "reason": str(error.reason), "message": error.message})
         return error.code
-    assert code is not None
-    return code
+    assert findings is not None
+    if as_json:
+        _write_json(findings.to_json())
+    else:
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        sys.stdout.writelines(f"{line}\n" for line in findings.lines(colour=colour))
+    return ExitCode.OK if findings.valid else ExitCode.DATA_BAD
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _write_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def _run(arguments: argparse.Namespace) -> Findings:
     """Raises EndError."""
     if (arguments.request is None) != (arguments.model is not None and bool(arguments.files)):
         raise config_bad("give either --request FILE, or --model DIR and data files")
     wanted = _of_request(arguments.request) if arguments.request is not None else _of_files(arguments)
-    with tempfile.TemporaryDirectory(prefix="tuneward-validate-") as folder:
-        return _check(wanted, Path(folder))
+    targets = _targets(wanted, arguments.write_corrected)
+    tokenizer = load_tokenizer(wanted.model)
+    encoder = Encoder(tokenizer, wanted.loss_on, stop_ids(wanted.model))
+    with tempfile.TemporaryDirectory(prefix="tuneward-validate-") as name:
+        folder = Path(name)
+        found = gather(
+            folder,
+            training=wanted.training,
+            validation=wanted.validation,
+            encoder=encoder,
+            limits=wanted.limits,
+            keep_tokens=False,
+        )
+        # What is mapped stays readable when its folder is gone.
+        training, validation = Documents.open(folder / TRAINING), Documents.open(folder / VALIDATION)
+    worker = Worker(encoder, wanted.limits)
+    return Findings(
+        gathered=found,
+        training=training,
+        validation=validation,
+        numbers=_numbers(wanted, found, training),
+        shown=[
+            one
+            for source in (*wanted.training, *wanted.validation)
+            for one in show.first_samples(source, worker, tokenizer, arguments.show)
+        ],
+        corrected=list(_corrected(wanted, found, targets)),
+    )
 
 
 def _of_files(arguments: argparse.Namespace) -> Wanted:
-    """Raises EndError."""
-    for path in (arguments.model, *arguments.files):
+    """Files without a job: supervised, with every default. Raises EndError."""
+    for path in (arguments.model, *arguments.files, *arguments.validation):
         if not path.exists():
             raise input_missing(f"{path} does not exist")
-    found = [Source(str(file), file) for file in arguments.files]
-    longest = defaults.longest_sample(Hyperparameters(sequence_length=arguments.sequence_length), examine(arguments.model))
-    return Wanted(arguments.model, found, [], arguments.loss_on, Limits(longest))
+    facts = examine(arguments.model)
+    hyper = Hyperparameters(sequence_length=arguments.sequence_length)
+    return Wanted(
+        model=arguments.model,
+        facts=facts,
+        training=[Source(str(file), file) for file in arguments.files],
+        validation=[Source(str(file), file) for file in arguments.validation],
+        loss_on=arguments.loss_on,
+        limits=Limits(defaults.longest_sample(hyper, facts)),
+        hyper=hyper,
+        objective=SUPERVISED,
+    )
 
 
 def _of_request(file: Path) -> Wanted:
@@ -81,56 +135,45 @@ def _of_request(file: Path) -> Wanted:
     folder = models.find(spec.model.uri, places=places, store_claim=claim).folder
     facts = examine(folder)
     defaults.method(spec.method or Method(), facts)
-    longest = defaults.longest_sample(spec.hyperparameters or Hyperparameters(), facts)
-    datasets = spec.datasets
+    hyper = spec.hyperparameters or Hyperparameters()
     return Wanted(
         model=folder,
-        training=sources(datasets.training, "training", places, claim),
-        validation=sources(datasets.validation or [], "validation", places, claim),
-        loss_on=datasets.loss_on or "Assistant",
-        limits=defaults.limits(spec, longest),
+        facts=facts,
+        training=sources(spec.datasets.training, "training", places, claim),
+        validation=sources(spec.datasets.validation or [], "validation", places, claim),
+        loss_on=spec.datasets.loss_on or "Assistant",
+        limits=defaults.limits(spec, defaults.longest_sample(hyper, facts)),
+        hyper=hyper,
+        objective=defaults.objective(spec),
     )
 
 
-def _check(wanted: Wanted, folder: Path) -> int:
-    encoder = Encoder(load_tokenizer(wanted.model), wanted.loss_on, stop_ids(wanted.model))
-    try:
-        summary = build(
-            folder, training=wanted.training, validation=wanted.validation, encoder=encoder, limits=wanted.limits
-        )
-    except DataError as error:
-        _write(_complaints(error.problems))
-        return ExitCode.DATA_BAD
-    _write(_counts(summary, Documents.open(folder / TRAINING)))
-    return ExitCode.OK
+def _numbers(wanted: Wanted, found: Gathered, training: Documents) -> ResolvedHyperparameters | None:
+    """As prepare chooses them."""
+    if not len(training):
+        return None
+    return defaults.hyperparameters(
+        wanted.hyper,
+        lengths=training.lengths,
+        summary=found.summary,
+        facts=wanted.facts,
+        longest=wanted.limits.longest,
+        objective=wanted.objective,
+    )
 
 
-def _complaints(problems: Problems) -> Iterator[str]:
-    lines = [str(problem) for problem in problems.ordered()[:SHOWN]]
-    yield from lines
-    if problems.count > len(lines):
-        yield f"… and {problems.count - len(lines)} more"
-    yield f"{problems.count} {'problem' if problems.count == 1 else 'problems'}"
+def _targets(wanted: Wanted, folder: Path | None) -> dict[str, Path]:
+    """Where corrected files will be, known to be free before hours are spent. Raises EndError."""
+    if folder is None:
+        return {}
+    targets = corrected.targets(wanted.files(), folder)
+    for target in targets.values():
+        if target.exists():
+            raise config_bad(f"{target} exists, and nothing is overwritten; give --write-corrected another folder")
+    return targets
 
 
-def _counts(summary: Summary, documents: Documents) -> Iterator[str]:
-    held_out = f", {summary.validation_samples} held out" if summary.validation_samples else ""
-    yield f"{summary.samples:,} samples{held_out}; {summary.tokens:,} tokens, {summary.target_tokens:,} of them learnt"
-    if summary.documents != summary.samples:
-        yield f"{summary.documents:,} documents: copies, and conversations whose template changes earlier turns"
-    yield from summary.notes()
-    yield "tokens of a document:"
-    yield from histogram(documents.lengths)
-
-
-def histogram(lengths: NDArray[np.int32]) -> Iterator[str]:
-    """One line for each power of two that occurs."""
-    bounds = 1 << np.arange(int(lengths.max()).bit_length() + 1)
-    counts = np.histogram(lengths, np.concatenate([[0], bounds + 1]))[0]
-    for bound, count in zip(bounds.tolist(), counts.tolist(), strict=True):
-        if count:
-            yield f"  up to {bound:>7,} {count:>9,} {'#' * max(1, round(_BAR * count / int(counts.max())))}"
-
-
-def _write(lines: Iterator[str]) -> None:
-    sys.stdout.writelines(f"{line}\n" for line in lines)
+def _corrected(wanted: Wanted, found: Gathered, targets: dict[str, Path]) -> Iterator[Corrected]:
+    paths = dict(wanted.files())
+    for uri, target in targets.items():
+        yield corrected.write_good(uri, paths[uri], target, found.problems.bad.by_file.get(uri, ()))

@@ -1,6 +1,6 @@
 """All files of a job -> the cache on disk, or every error of every file.
 
-One pass over the bytes; memory holds a batch of samples and eight bytes a document.
+One pass over the bytes; memory holds a batch of samples, and some numbers a sample, whatever its length.
 """
 
 from __future__ import annotations
@@ -8,26 +8,27 @@ from __future__ import annotations
 import json
 import logging
 import time
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, Literal, TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from tuneward_trainer.data import formats
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.files import ENDINGS
-from tuneward_trainer.data.problems import Problem, Problems, SampleError
+from tuneward_trainer.data.fit import Fate
+from tuneward_trainer.data.overlap import duplicates, leaks
+from tuneward_trainer.data.problems import Lines, Problem, Problems, SampleError
 from tuneward_trainer.data.samples import Done, Limits, Source, Worker, batches
 from tuneward_trainer.packing import mix
 
 log = logging.getLogger(__name__)
 
+Part: TypeAlias = Literal["training", "validation"]
 SUMMARY: Final = "summary.json"
 ERRORS: Final = "errors.txt"
 """Below the cache: what is wrong with the samples that were left out as invalid; absent where none was."""
@@ -36,8 +37,26 @@ _SAY_EVERY: Final = 10.0
 
 
 @dataclass
+class SourceCounts:
+    """What one source gives to a part. Tokens are those of one epoch, copies counted; samples are counted once."""
+
+    uri: str
+    part: Part
+    files: int = 1
+    format: formats.Format | None = None
+    samples: int = 0
+    documents: int = 0
+    tokens: int = 0
+    target_tokens: int = 0
+    split: int = 0
+    truncated: int = 0
+    skipped: int = 0
+    invalid: int = 0
+
+
+@dataclass
 class Summary:
-    """What was found. Tokens are those of one epoch, copies counted; samples are counted once. `formats`: by uri."""
+    """What was found, in all and by source; counted as SourceCounts are."""
 
     samples: int = 0
     documents: int = 0
@@ -52,7 +71,7 @@ class Summary:
     skipped: int = 0
     invalid: int = 0
     ignored_fields: dict[str, int] = field(default_factory=dict)
-    formats: dict[str, formats.Format] = field(default_factory=dict)
+    sources: list[SourceCounts] = field(default_factory=list)
 
     def notes(self) -> list[str]:
         """What is no error but worth a line."""
@@ -69,7 +88,29 @@ class Summary:
 
     @classmethod
     def read(cls, folder: Path) -> Summary:
-        return cls(**json.loads((folder / SUMMARY).read_text()))
+        found = json.loads((folder / SUMMARY).read_text())
+        return cls(**{**found, "sources": [SourceCounts(**counts) for counts in found["sources"]]})
+
+
+@dataclass
+class Gathered:
+    """What a pass over all files found, good and bad. `read`: lines; `fates`: samples that were too long."""
+
+    problems: Problems = field(default_factory=Problems)
+    summary: Summary = field(default_factory=Summary)
+    fates: dict[Fate, Lines] = field(default_factory=dict)
+    read: int = 0
+    skip_percentage: float = 0.0
+
+    @property
+    def refused(self) -> bool:
+        """Whether there is more wrong than may be left out."""
+        return bool(self.problems.broken) or len(self.problems.bad) * 100 > self.skip_percentage * self.read
+
+    def add_unless_refused(self, problem: Problem) -> None:
+        """What may only follow from other problems is said where there are none."""
+        if not self.refused:
+            self.problems.add_broken(problem)
 
 
 class DataError(Exception):
@@ -87,127 +128,146 @@ def build(
 
     Raises DataError with the problems of all files.
     """
-    problems, summary = Problems(), Summary()
-    tokenizer = _Tokenizer(Worker(encoder, limits), problems, summary)
-    hashes = {
-        TRAINING: tokenizer.write(folder / TRAINING, training),
-        VALIDATION: tokenizer.write(folder / VALIDATION, validation),
-    }
-    summary.invalid = problems.bad_samples()
-    if problems.broken or summary.invalid * 100 > limits.invalid * tokenizer.read:
-        raise DataError(problems)
-    if problems.count:
-        (folder / ERRORS).write_text("".join(f"{line}\n" for line in problems.lines()))
+    found = gather(folder, training=training, validation=validation, encoder=encoder, limits=limits)
+    if found.refused:
+        raise DataError(found.problems)
+    if found.problems.count:
+        (folder / ERRORS).write_text("".join(f"{line}\n" for line in found.problems.lines()))
+    (folder / SUMMARY).write_text(json.dumps(asdict(found.summary), indent=1) + "\n")
+    return found.summary
+
+
+def gather(
+    folder: Path,
+    *,
+    training: Sequence[Source],
+    validation: Sequence[Source],
+    encoder: Encoder,
+    limits: Limits,
+    keep_tokens: bool = True,
+) -> Gathered:
+    """Writes both parts of the good samples below `folder`, whatever is wrong with others."""
+    found = Gathered(skip_percentage=limits.invalid)
+    reader = _Reader(Worker(encoder, limits), found, keep_tokens=keep_tokens)
+    reader.write(folder, TRAINING, training)
+    reader.write(folder, VALIDATION, validation)
     if limits.fraction:
-        hashes = _hold_out(folder, hashes[TRAINING], limits.fraction)
-    _count(folder, hashes, summary)
-    (folder / SUMMARY).write_text(json.dumps(asdict(summary), indent=1) + "\n")
-    return summary
+        _hold_out(folder, limits.fraction, found, keep_tokens=keep_tokens)
+    _count(folder, found, held_out=bool(limits.fraction))
+    return found
 
 
-class _Tokenizer:
-    """Reads, renders, tokenizes and writes; adds to `problems` and `summary` what it meets."""
+class _Reader:
+    """Reads, renders, tokenizes and writes; adds to `found` what it meets."""
 
-    def __init__(self, worker: Worker, problems: Problems, summary: Summary) -> None:
+    def __init__(self, worker: Worker, found: Gathered, *, keep_tokens: bool) -> None:
         self._worker = worker
-        self._problems = problems
-        self._summary = summary
+        self._found = found
+        self._keep_tokens = keep_tokens
         self._ignored: Counter[str] = Counter()
         self._said = time.monotonic()
-        self.read = 0
 
-    def write(self, folder: Path, sources: Sequence[Source]) -> NDArray[np.uint64]:
-        """Returns one hash for each document: that of its whole sample, so that equal samples are seen."""
+    def write(self, folder: Path, part: Part, sources: Sequence[Source]) -> None:
         uris = [uri for source in sources for uri, _ in source.files()]
-        hashes = array("Q")
-        with DocumentWriter(folder, uris) as writer:
+        with DocumentWriter(folder / part, uris, keep_tokens=self._keep_tokens) as writer:
             first = 0
             for source in sources:
-                self._source(writer, hashes, source, first)
-                first += len(source.files())
-        self._summary.ignored_fields = dict(self._ignored)
-        return np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
+                counts = SourceCounts(source.uri, part, len(source.files()), source.detected())
+                self._found.summary.sources.append(counts)
+                self._source(writer, source, counts, first)
+                first += counts.files
+        self._found.summary.ignored_fields = dict(self._ignored)
 
-    def _source(self, writer: DocumentWriter, hashes: array[int], source: Source, first: int) -> None:
+    def _source(self, writer: DocumentWriter, source: Source, counts: SourceCounts, first: int) -> None:
         """`first`: index of its first file."""
-        read, broken, form = self.read, self._problems.broken, source.detected()
-        if form is not None:
-            self._summary.formats[source.uri] = form
+        problems = self._found.problems
+        read, broken = self._found.read, problems.broken
         for index, (uri, path) in enumerate(source.files(), first):
-            for done in self._work(uri, path, form, source):
+            for done in self._work(uri, path, source, counts):
                 for line, documents, digest in done.good:
                     for document in documents:
-                        writer.add(document.ids, document.weights, file=index, line=line, copies=source.copies)
-                    hashes.extend([digest] * (len(documents) * source.copies))
-        if self.read == read and self._problems.broken == broken:
+                        writer.add(
+                            document.ids, document.weights, file=index, line=line, copies=source.copies, digest=digest
+                        )
+        if self._found.read == read and problems.broken == broken:
             seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"
-            self._problems.add_broken(Problem(source.uri, 0, "the source", seen, "at least one sample"))
+            problems.add_broken(Problem(source.uri, 0, "the source", seen, "at least one sample"))
 
-    def _work(self, uri: str, path: Path, form: formats.Format | None, source: Source) -> Iterator[Done]:
+    def _work(self, uri: str, path: Path, source: Source, counts: SourceCounts) -> Iterator[Done]:
         """What became of each batch of a file, in order, counted."""
         line = 0
         try:
-            for batch in batches(path, form, source.fields):
+            for batch in batches(path, counts.format, source.fields):
                 line = batch.records[-1][0]
-                self.read += len(batch.records)
+                self._found.read += len(batch.records)
                 done = self._worker(batch)
-                self._count(done, uri)
+                self._note(done, uri, counts)
                 yield done
         except SampleError as error:  # the file itself is broken after this line
             for problem in error.at(uri, line + 1):
-                self._problems.add_broken(problem)
+                self._found.problems.add_broken(problem)
 
-    def _count(self, done: Done, uri: str) -> None:
+    def _note(self, done: Done, uri: str, counts: SourceCounts) -> None:
+        found = self._found
+        counts.invalid += len(done.bad)
         for line, error in done.bad:
-            self._problems.add_sample(error, uri, line)
+            found.problems.add_sample(error, uri, line)
+        for line, fate in done.fates:
+            found.fates.setdefault(fate, Lines()).add(uri, line)
+            setattr(counts, fate, getattr(counts, fate) + 1)
         self._ignored.update(done.ignored)
-        self._summary.longest = max(self._summary.longest, done.longest)
-        for fate, count in done.fates.items():
-            setattr(self._summary, fate, getattr(self._summary, fate) + count)
+        found.summary.longest = max(found.summary.longest, done.longest)
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()
-            log.info("tokenized %d samples, now in %s", self.read, uri)
+            log.info("tokenized %d samples, now in %s", found.read, uri)
 
 
-def _hold_out(folder: Path, hashes: NDArray[np.uint64], fraction: float) -> dict[str, NDArray[np.uint64]]:
+def _hold_out(folder: Path, fraction: float, found: Gathered, *, keep_tokens: bool) -> None:
     """Moves a share of the training samples to validation: chosen by content, so that neither seed nor order of the
     files matters, and equal samples stay on one side."""
     documents = Documents.open(folder / TRAINING)
-    unique = np.unique(hashes)
+    unique = np.unique(documents.digests)
     wanted = max(1, round(fraction * len(unique)))
     if wanted >= len(unique):
-        problem = Problem(
-            "spec.datasets", 0, "validationFraction", f"leaves nothing of {len(unique)} different samples", "two or more"
-        )
-        raise DataError(Problems([problem], 1))
-    chosen = unique[np.argsort(mix(unique), kind="stable")[:wanted]]
-    held = np.isin(hashes, chosen)
-    with DocumentWriter(folder / VALIDATION, documents.sources) as writer:
-        kept = []
-        for index in np.flatnonzero(held).tolist():
-            if not index or documents.start(index) != documents.start(index - 1):  # a copy adds nothing here
-                document, (file, line) = documents[index], documents.source(index)
-                writer.add(document.ids.tolist(), document.weights.tolist(), file=file, line=line)
-                kept.append(hashes[index])
+        seen = f"leaves nothing of {len(unique)} different samples"
+        found.add_unless_refused(Problem("spec.datasets", 0, "validationFraction", seen, "two or more"))
+        return
+    held = np.isin(documents.digests, unique[np.argsort(mix(unique), kind="stable")[:wanted]])
+    with DocumentWriter(folder / VALIDATION, documents.sources, keep_tokens=keep_tokens) as writer:
+        originals = documents.originals()  # a copy adds nothing here
+        for index in originals[held[originals]].tolist():
+            writer.copy(documents, index)
     keep(folder / TRAINING, ~held)
-    return {TRAINING: hashes[~held], VALIDATION: np.array(kept, np.uint64)}
 
 
-def _count(folder: Path, hashes: dict[str, NDArray[np.uint64]], summary: Summary) -> None:
+def _count(folder: Path, found: Gathered, *, held_out: bool) -> None:
     training, validation = Documents.open(folder / TRAINING), Documents.open(folder / VALIDATION)
-    for part, documents in [(TRAINING, training), (VALIDATION, validation)]:
+    summary = found.summary
+    sources = [counts for counts in summary.sources if counts.part == TRAINING]
+    if held_out:
+        summary.sources += [SourceCounts(counts.uri, VALIDATION, counts.files, counts.format) for counts in sources]
+    for part, documents in ((TRAINING, training), (VALIDATION, validation)):
+        _count_sources(documents, [counts for counts in summary.sources if counts.part == part])
         if not len(documents) and documents.sources:
-            problem = Problem(f"spec.datasets.{part}", 0, "the data", "holds no sample that is short enough", "at least one")
-            raise DataError(Problems([problem], 1))
-    samples = _samples(training)
-    summary.samples = len(samples)
-    summary.documents = len(training)
-    summary.tokens, summary.target_tokens = training.tokens(), training.target_tokens()
-    summary.validation_samples = len(_samples(validation))
-    summary.duplicates = len(samples) - len(np.unique(hashes[TRAINING]))
-    summary.in_both = int(np.isin(np.unique(hashes[VALIDATION]), hashes[TRAINING]).sum())
+            seen = "holds no sample that is short enough"
+            found.add_unless_refused(Problem(f"spec.datasets.{part}", 0, "the data", seen, "at least one"))
+    for total in ("samples", "documents", "tokens", "target_tokens"):
+        setattr(summary, total, sum(getattr(counts, total) for counts in sources))
+    for total in ("split", "truncated", "skipped", "invalid"):
+        setattr(summary, total, sum(getattr(counts, total) for counts in summary.sources))
+    summary.validation_samples = len(validation.samples())
+    summary.duplicates, summary.in_both = len(duplicates(training)), len(leaks(training, validation))
 
 
-def _samples(documents: Documents) -> NDArray[Any]:
-    """One entry for each line of a source that gave documents."""
-    return np.unique(documents.places(), axis=0)
+def _count_sources(documents: Documents, sources: Sequence[SourceCounts]) -> None:
+    """`sources` in the order of their files."""
+    first_files = np.cumsum([0, *(counts.files for counts in sources)])[:-1]
+    owner = np.searchsorted(first_files, documents.files, side="right") - 1
+    columns = (
+        np.bincount(owner[documents.samples()], minlength=len(sources)),
+        np.bincount(owner, minlength=len(sources)),
+        np.bincount(owner, documents.lengths, minlength=len(sources)),
+        np.bincount(owner, documents.targets, minlength=len(sources)),
+    )
+    for counts, found in zip(sources, zip(*columns, strict=True), strict=True):
+        counts.samples, counts.documents, counts.tokens, counts.target_tokens = map(int, found)

@@ -8,11 +8,14 @@ opening costs nothing and any number of processes share the pages:
     weights.f16  weights[i] is the loss weight of *predicting* ids[i] from what stands before it; 0 at a document's start
     starts.i64   one entry for each document: where its ids begin
     lengths.i32  one entry for each document: number of its ids
+    targets.i32  one entry for each document: number of its ids with a loss weight that is not 0
+    digests.u64  one entry for each document: of the whole sample that it is of, so that equal samples are seen
     files.i32    one entry for each document: index into files.json, the source it came from
     lines.i32    one entry for each document: line in that source, from 1
     files.json   addresses of the sources
 
-A data set's `weight` repeats entries, not ids.
+A data set's `weight` repeats entries, not ids. Where tokens are only counted (`tuneward validate`), ids and weights are
+left out: everything but `Documents[i]` still holds.
 """
 
 from __future__ import annotations
@@ -24,11 +27,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+Place: TypeAlias = tuple[str, int]
+"""(address of the file, line from 1)."""
 TRAINING: Final = "training"
 VALIDATION: Final = "validation"
 _COLUMNS: Final = {
@@ -36,9 +41,13 @@ _COLUMNS: Final = {
     "weights": ("weights.f16", "<f2"),
     "starts": ("starts.i64", "<i8"),
     "lengths": ("lengths.i32", "<i4"),
+    "targets": ("targets.i32", "<i4"),
+    "digests": ("digests.u64", "<u8"),
     "files": ("files.i32", "<i4"),
     "lines": ("lines.i32", "<i4"),
 }
+_TOKENS: Final = ("ids", "weights")
+_INDEX: Final = tuple(name for name in _COLUMNS if name not in _TOKENS)
 _SOURCES: Final = "files.json"
 
 
@@ -53,12 +62,17 @@ class Document:
 
 
 class Documents:
-    """Read-only view of one part. `lengths` is int32 [number of documents]."""
+    """Read-only view of one part. Arrays have one entry for each document: `lengths` and `targets` (its tokens, and
+    those with a loss weight) int32, `digests` uint64, `files` (index into `sources`) and `lines` int32."""
 
     def __init__(self, columns: dict[str, NDArray[Any]], sources: list[str]) -> None:
         self._columns = columns
         self.sources = sources
         self.lengths: NDArray[np.int32] = columns["lengths"]
+        self.targets: NDArray[np.int32] = columns["targets"]
+        self.digests: NDArray[np.uint64] = columns["digests"]
+        self.files: NDArray[np.int32] = columns["files"]
+        self.lines: NDArray[np.int32] = columns["lines"]
 
     @classmethod
     def open(cls, folder: Path) -> Self:
@@ -70,29 +84,34 @@ class Documents:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Document:
-        start = int(self._columns["starts"][index])
-        span = slice(start, start + int(self.lengths[index]))
-        return Document(
-            ids=self._columns["ids"][span],
-            weights=self._columns["weights"][span],
-            file=self.sources[int(self._columns["files"][index])],
-            line=int(self._columns["lines"][index]),
-        )
+        span = self.span(index)
+        file, line = self.place(index)
+        return Document(self._columns["ids"][span], self._columns["weights"][span], file, line)
 
     def __iter__(self) -> Iterator[Document]:
         return (self[index] for index in range(len(self)))
 
-    def source(self, index: int) -> tuple[int, int]:
-        """(index of the file, line) of a document, without its ids."""
-        return int(self._columns["files"][index]), int(self._columns["lines"][index])
+    def span(self, index: int) -> slice:
+        """Where the document's ids stand; copies share them."""
+        start = int(self._columns["starts"][index])
+        return slice(start, start + int(self.lengths[index]))
 
-    def start(self, index: int) -> int:
-        """Place of the document's first id; copies share it."""
-        return int(self._columns["starts"][index])
+    def originals(self) -> NDArray[np.intp]:
+        """Indices of the documents that are no copy of the one before."""
+        starts = self._columns["starts"]
+        return np.flatnonzero(np.concatenate([[True], starts[1:] != starts[:-1]])[: len(starts)])
 
-    def places(self) -> NDArray[np.int32]:
-        """(index of the file, line) of every document: int32 [documents, 2]."""
-        return np.stack([self._columns["files"], self._columns["lines"]], axis=1)
+    def samples(self) -> NDArray[np.intp]:
+        """Index of the first document of each sample: those of one sample stand together."""
+        places = np.stack([self.files, self.lines], axis=1)
+        return np.flatnonzero(np.concatenate([[True], (places[1:] != places[:-1]).any(axis=1)])[: len(places)])
+
+    def place(self, index: int) -> Place:
+        """Where a document comes from, without its ids."""
+        return self.sources[int(self.files[index])], int(self.lines[index])
+
+    def column(self, name: str) -> NDArray[Any]:
+        return self._columns[name]
 
     def tokens(self) -> int:
         """Tokens of one epoch, copies counted."""
@@ -100,9 +119,7 @@ class Documents:
 
     def target_tokens(self) -> int:
         """Tokens of one epoch with a loss weight that is not 0, copies counted."""
-        counts = np.concatenate([[0], np.cumsum(self._columns["weights"] != 0, dtype=np.int64)])
-        starts = self._columns["starts"]
-        return int((counts[starts + self.lengths] - counts[starts]).sum())
+        return int(self.targets.sum(dtype=np.int64))
 
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:
@@ -113,29 +130,44 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 
 
 class DocumentWriter:
-    """Appends documents to a part's files; memory does not grow with their number. Use as a context manager."""
+    """Appends documents to a part's files; memory does not grow with their number. Use as a context manager.
 
-    def __init__(self, folder: Path, sources: Sequence[str]) -> None:
+    `keep_tokens`: whether ids and weights are written, or only counted.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[str], *, keep_tokens: bool = True) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _SOURCES).write_text(json.dumps(list(sources), ensure_ascii=False, indent=1) + "\n")
         # Closed in __exit__: the writer itself is the context manager.
         self._files = {name: (folder / file).open("wb") for name, (file, _) in _COLUMNS.items()}
+        self._keep_tokens = keep_tokens
         self._written = 0
 
-    def add(self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int, copies: int = 1) -> None:
-        """`weights[i]` belongs to `ids[i]`; weights[0] must be 0, as nothing stands before the first token."""
+    def add(
+        self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int, copies: int = 1, digest: int = 0
+    ) -> None:
+        """`weights[i]` belongs to `ids[i]`; weights[0] must be 0, as nothing stands before the first token. `digest`:
+        64 bits of the whole sample that the document is of."""
         if len(ids) != len(weights) or not ids or weights[0]:
             raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
-        self._files["ids"].write(_little(array("i", ids)))
-        self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
-        for name, value, form in (
-            ("starts", self._written, "<q"),
-            ("lengths", len(ids), "<i"),
-            ("files", file, "<i"),
-            ("lines", line, "<i"),
-        ):
-            self._files[name].write(struct.pack(form, value) * copies)
-        self._written += len(ids)
+        if self._keep_tokens:
+            self._files["ids"].write(_little(array("i", ids)))
+            self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
+        targets = sum(1 for weight in weights if weight)
+        entry = {"lengths": len(ids), "targets": targets, "digests": digest, "files": file, "lines": line}
+        self._enter(entry, copies)
+
+    def copy(self, documents: Documents, index: int) -> None:
+        """A document of another part that has the same sources."""
+        if self._keep_tokens:
+            for name in _TOKENS:
+                self._files[name].write(documents.column(name)[documents.span(index)].tobytes())
+        self._enter({name: int(documents.column(name)[index]) for name in _INDEX if name != "starts"}, 1)
+
+    def _enter(self, entry: dict[str, int], copies: int) -> None:
+        for name, value in {**entry, "starts": self._written}.items():
+            self._files[name].write(np.asarray([value] * copies, _COLUMNS[name][1]).tobytes())
+        self._written += entry["lengths"]
 
     def __enter__(self) -> Self:
         return self
@@ -151,7 +183,7 @@ def _little(values: array[int]) -> bytes:
 
 def keep(folder: Path, wanted: NDArray[np.bool_]) -> None:
     """Drops the index entries of a part that are not `wanted` (bool [documents]); ids stay where they are."""
-    for name in ("starts", "lengths", "files", "lines"):
+    for name in _INDEX:
         file, dtype = _COLUMNS[name]
         entries = np.fromfile(folder / file, dtype)
         entries[wanted].tofile(folder / file)

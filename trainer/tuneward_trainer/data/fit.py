@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from tuneward_api.objective import ObjectiveType
@@ -12,15 +11,16 @@ from tuneward_trainer.data.formats import Format
 from tuneward_trainer.data.problems import SampleError
 
 OnTooLong: TypeAlias = Literal["Error", "Split", "Truncate", "Skip"]
+Fate: TypeAlias = Literal["split", "truncated", "skipped"]
 _RAISE = "spec.hyperparameters.sequenceLength; raise it as far as the model allows"
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """What is left of a sample, and how many of its documents were `split`, `truncated` or `skipped`."""
+    """What is left of a sample, and what was done where it was too long."""
 
     documents: list[Encoded]
-    done: Counter[str] = field(default_factory=Counter)
+    fate: Fate | None = None
 
 
 def check_format(form: Format, objective: ObjectiveType) -> None:
@@ -32,21 +32,21 @@ def check_format(form: Format, objective: ObjectiveType) -> None:
 def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Format) -> Fitted:
     """The documents of one sample, each at most `longest` tokens. Raises SampleError where that is refused."""
     kept: list[Encoded] = []
-    done: Counter[str] = Counter()
+    fate: Fate | None = None
     for document in documents:
         if len(document.ids) <= longest:
             kept.append(document)
         elif on_too_long == "Skip":
-            done["skipped"] += 1
+            fate = "skipped"
         elif on_too_long == "Truncate":
             kept.append(truncate(document, longest))
-            done["truncated"] += 1
+            fate = "truncated"
         elif on_too_long == "Split" and form == "Text":
             kept += split(document, longest)
-            done["split"] += 1
+            fate = "split"
         else:
             raise _too_long(document, longest, form)
-    return Fitted(kept, done)
+    return Fitted(kept, fate)
 
 
 def _too_long(document: Encoded, longest: int, form: Format) -> SampleError:

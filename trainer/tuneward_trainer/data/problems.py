@@ -59,15 +59,28 @@ class SampleError(Exception):
 
 
 @dataclass
+class Lines:
+    """Which lines of which files, eight bytes a line: there may be as many as samples."""
+
+    by_file: dict[str, array[int]] = field(default_factory=dict)
+
+    def add(self, file: str, line: int) -> None:
+        self.by_file.setdefault(file, array("q")).append(line)
+
+    def __len__(self) -> int:
+        return sum(len(lines) for lines in self.by_file.values())
+
+
+@dataclass
 class Problems:
     """Collects; keeps the first 10,000 word for word and counts the rest.
 
-    `bad`: lines of bad samples, by file. `broken`: problems of a whole file or source, which no sample stands for.
+    `bad`: the bad samples. `broken`: problems of a whole file or source, which no sample stands for.
     """
 
     kept: list[Problem] = field(default_factory=list)
     count: int = 0
-    bad: dict[str, array[int]] = field(default_factory=dict)
+    bad: Lines = field(default_factory=Lines)
     broken: int = 0
 
     def add(self, problem: Problem) -> None:
@@ -82,11 +95,8 @@ class Problems:
 
     def add_sample(self, error: SampleError, file: str, line: int) -> None:
         """All that is wrong with the sample at `line`."""
-        self.bad.setdefault(file, array("q")).append(line)
+        self.bad.add(file, line)
         self.extend(error.at(file, line))
-
-    def bad_samples(self) -> int:
-        return sum(len(lines) for lines in self.bad.values())
 
     def extend(self, problems: Iterable[Problem]) -> None:
         for problem in problems:
