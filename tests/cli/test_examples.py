@@ -18,7 +18,7 @@ def lines(name: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (EXAMPLES / "lantern" / name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("file", sorted(EXAMPLES.glob("*.yaml")), ids=lambda file: file.name)
+@pytest.mark.parametrize("file", sorted(EXAMPLES.rglob("*.yaml")), ids=lambda file: file.relative_to(EXAMPLES).as_posix())
 def test_every_example_is_valid(file: Path) -> None:
     assert load_valid(file).jobs
 
