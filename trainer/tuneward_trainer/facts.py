@@ -81,7 +81,10 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        # Where mistral-common is installed, Mistral's models would get a tokenizer of another kind.
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, mistral_format=False
+        )
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise model_unsupported(f"the base model's tokenizer cannot be read: {error}") from error
     if not getattr(tokenizer, "is_fast", False):

@@ -111,7 +111,8 @@ def load_runner(folder: Path, device: str | None = None) -> Runner:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cpus())
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    # Where mistral-common is installed, Mistral's models would get a tokenizer of another kind.
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, mistral_format=False)
     model = _load_model(folder, torch.bfloat16 if where.startswith("cuda") else torch.float32)
     model.requires_grad_(False)
     runner = Runner(model.to(where).eval(), tokenizer)
