@@ -37,10 +37,10 @@ def fresh() -> Iterator[Path]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.fixture
-def store(command: Command, tmp_path: Path) -> Path:
-    """A workstation's, with the base model in it."""
-    folder = tmp_path / "store"
+@pytest.fixture(scope="session")
+def store(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workstation's, with the base model in it; each job has a folder of its own there."""
+    folder = tmp_path_factory.mktemp("workstation") / "store"
     command.ok("import", str(MODEL), "smollm2-135m-instruct", "--store", str(folder))
     return folder
 

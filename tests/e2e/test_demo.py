@@ -120,7 +120,8 @@ GOOD = [chat(("user", f"How much is {n} and {n}?"), ("assistant", f"It is {2 * n
     ("name", "samples", "spec", "reason"),
     [
         ("bad-role", [*GOOD, chat(("user", "Hello"), ("asistant", "Hi"))], {}, "DataInvalid"),
-        ("no-better", GOOD, {"evaluation": {"gate": {"maxLoss": 1e-6}}}, "GateRefused"),
+        # Trains twice for a sentence of finish, whose own tests are elsewhere.
+        pytest.param("no-better", GOOD, {"evaluation": {"gate": {"maxLoss": 1e-6}}}, "GateRefused", marks=pytest.mark.slow),
     ],
 )
 def test_a_failing_job_says_the_same_on_a_cluster_and_without(
