@@ -1,21 +1,42 @@
-"""What a training costs before it runs: floating-point operations and bytes, from config.json and statistics of the data.
+"""What a training costs before it runs: bytes and floating-point operations, from config.json and statistics of the data.
 
-No torch and no weights are needed, so a command can say it before anything is fetched, and `prepare` can choose how many
-rows go through the model at once. Counts are of the model's decoder as the trainer runs it: LoRA on every Linear, the
-vocabulary scored at target rows only, documents that do not see each other.
+No torch and no weights are needed, so a command can say it before anything runs, and the trainer chooses by it how many
+rows go through the model at once. Counts are of the model's decoder as the trainer runs it (`patches.py`): LoRA on its
+Linears, the vocabulary scored at target rows only, documents that do not see each other.
+
+What a backward pass keeps is counted tensor by tensor, each once: what LoRA's matrices multiply, what norms, attention and
+the MLP's gate need, and nothing for a frozen weight. The tests hold it against the trainer itself, shape by shape.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Mapping, Set
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Literal
+
+GIB: Final = 1 << 30
+Device = Literal["cpu", "cuda"]
+
+RESIDENT_FACTOR: Final = 2.0
+"""Resident bytes of a CPU process for each byte that torch has in use beside the weights: glibc keeps freed blocks, the
+more the longer a process runs. Between 1.5 and 1.9 were seen."""
+PROCESS: Final = GIB // 2
+"""Resident bytes of a process that has loaded torch and transformers and nothing else."""
+CONTEXT: Final = GIB * 5 // 4
+"""What CUDA, NCCL and cuBLAS take of a GPU before anything is trained."""
+CUDA_FACTOR: Final = 1.08
+"""For what PyTorch's CUDA allocator cannot use between its blocks."""
+LOGITS: Final[dict[Device, int]] = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Logits that the loss head holds at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
     """The numbers of a decoder that cost anything. Widths are elements a token."""
 
+    family: str
+    """config.json's model_type."""
     layers: int
     hidden: int
     query: int
@@ -23,43 +44,159 @@ class Shape:
     key: int
     """Key and value heads times head size: once for the keys, once for the values."""
     heads: int
+    pairs: int
+    """Key and value heads."""
     inner: int
-    """Of the MLP; with experts, of all that one token passes through."""
+    """Of a layer's MLP; of one expert, where there are some."""
     vocabulary: int
     tied: bool
+    norms: int = 2
+    """Of a layer, over the hidden width."""
+    norms_first: bool = True
+    """Norms come before what they are for, not after."""
+    head_norms: bool = False
+    """Queries and keys are normed."""
+    fused: bool = False
+    """Queries, keys and values are one Linear, and so are gate and up (Phi-3)."""
+    gated: bool = True
+    squashed: bool = False
+    """Attention scores are soft-capped, which no kernel does: they are written out."""
+    ropes: int = 1
+    biases: int = 0
+    """Weights of a layer's biases."""
+    experts: int = 0
+    """Of a layer; 0: a plain MLP."""
+    chosen: int = 0
+    """Experts that a token passes through."""
+    shared: int = 0
+    """Inner width of what every token passes through beside them."""
+    plain_layers: int = 0
+    """Layers with a plain MLP, of a model with experts."""
+    plain_inner: int = 0
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Shape:
         """From config.json, whose text part counts. Raises ValueError with the field that is missing."""
         text: Mapping[str, Any] = config.get("text_config") or config
+        family = str(text.get("model_type") or config.get("model_type") or "")
         hidden, heads = _number(text, "hidden_size", "n_embd"), _number(text, "num_attention_heads", "n_head")
         head = text.get("head_dim") or hidden // heads
-        inner = text.get("intermediate_size") or text.get("n_inner") or 4 * hidden
-        return cls(
+        pairs = int(text.get("num_key_value_heads") or heads)
+        inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
+        biased = bool(text.get("attention_bias")) or family in ("qwen2", "starcoder2")
+        shape = cls(
+            family=family,
             layers=_number(text, "num_hidden_layers", "n_layer"),
             hidden=hidden,
             query=heads * head,
-            key=int(text.get("num_key_value_heads") or heads) * head,
+            key=pairs * head,
             heads=heads,
-            inner=int(inner),
+            pairs=pairs,
+            inner=inner,
             vocabulary=_number(text, "vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", True)),
+            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.startswith("gemma")))),
+            squashed=bool(text.get("attn_logit_softcapping")),
+            # Starcoder 2 has one beside every weight, its norms included.
+            biases=((heads + 2 * pairs) * head if biased else 0) + (4 * hidden + inner if family == "starcoder2" else 0),
         )
+        return replace(shape, **_FAMILIES.get(family, {}), **_experts(text, inner))
+
+    @property
+    def known(self) -> bool:
+        """Whether the layers of this family were looked at; another one is taken for a Llama."""
+        return self.family in _FAMILIES
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Name -> (inputs, outputs) of the Linears of a layer that LoRA can be put on; experts are none."""
+        hidden, query, key = self.hidden, self.query, self.key
+        if self.fused:
+            found = {"qkv_proj": (hidden, query + 2 * key)}
+        else:
+            found = {"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)}
+        found["o_proj"] = (query, hidden)
+        inner = self.shared if self.experts else self.inner
+        if not inner:
+            return found
+        if self.fused:
+            return found | {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
+        if not self.gated:
+            return found | {"c_fc": (hidden, inner), "c_proj": (inner, hidden)}
+        return found | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
 
     @property
     def attention(self) -> int:
-        """Weights of the four Linears of a layer's attention."""
+        """Weights of the Linears of a layer's attention."""
         return self.hidden * (2 * self.query + 2 * self.key)
 
     @property
     def mlp(self) -> int:
-        """Weights of a layer's gated MLP."""
-        return 3 * self.hidden * self.inner
+        """Weights of a layer's MLP that a token passes through."""
+        parts = 3 if self.gated else 2
+        if not self.experts:
+            return parts * self.hidden * self.inner
+        return parts * self.hidden * (self.chosen * self.inner + self.shared) + self.hidden * self.experts
 
-    def lora(self, rank: int) -> int:
-        """Parameters of LoRA on the seven Linears of every layer."""
-        attention = 4 * self.hidden + 2 * self.query + 2 * self.key
-        return self.layers * rank * (attention + 3 * (self.hidden + self.inner))
+    @property
+    def parameters(self) -> int:
+        """All of them."""
+        resting = (self.experts - self.chosen) * 3 * self.hidden * self.inner if self.experts else 0
+        plain = self.plain_layers * (3 * self.hidden * self.plain_inner - self.mlp - resting) if self.experts else 0
+        head_norm = 2 * self.query // self.heads if self.head_norms else 0
+        layer = self.attention + self.mlp + resting + self.norms * self.hidden + head_norm + self.biases
+        return self.layers * layer + plain + (1 if self.tied else 2) * self.vocabulary * self.hidden + self.hidden
+
+    def adapted(self, targets: Set[str] | None = None) -> dict[str, tuple[int, int]]:
+        """The Linears of a layer that `targets` (last parts of names; None: all) select."""
+        wanted = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
+        return {name: sizes for name, sizes in self.linears.items() if wanted is None or name in wanted}
+
+    def lora(self, rank: int, targets: Set[str] | None = None, *, dora: bool = False) -> int:
+        """Parameters of LoRA on the Linears of every layer."""
+        return self.layers * sum(
+            rank * (inputs + outputs) + dora * outputs for inputs, outputs in self.adapted(targets).values()
+        )
+
+
+_FAMILIES: Final[dict[str, dict[str, Any]]] = {
+    "llama": {},
+    "mistral": {},
+    "ministral3": {},
+    "qwen2": {},
+    "smollm3": {},
+    "granite": {},
+    "gemma": {},
+    "gemma2": {"norms": 4},
+    "gemma3_text": {"norms": 4, "head_norms": True, "ropes": 2},
+    "qwen3": {"head_norms": True},
+    "olmo2": {"norms_first": False, "head_norms": True},
+    "phi3": {"fused": True},
+    "starcoder2": {"gated": False},
+    "mixtral": {},
+    "qwen3_moe": {"head_norms": True},
+    "olmoe": {"head_norms": True},
+}
+"""What config.json does not say of a layer, by model_type."""
+
+
+def _experts(text: Mapping[str, Any], inner: int) -> dict[str, Any]:
+    """What a mixture of experts changes; nothing for any other model."""
+    experts = next(
+        (int(text[name]) for name in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(name)), 0
+    )
+    if not experts:
+        return {}
+    expert = int(text.get("moe_intermediate_size") or inner)
+    shared = int(text.get("shared_expert_intermediate_size") or int(text.get("n_shared_experts") or 0) * expert)
+    plain = int(text.get("first_k_dense_replace") or 0) + len(text.get("mlp_only_layers") or ())
+    return {
+        "experts": experts,
+        "chosen": int(text.get("num_experts_per_tok") or 1),
+        "inner": expert,
+        "shared": shared,
+        "plain_layers": plain,
+        "plain_inner": inner,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +209,206 @@ class Data:
     """Mean length of the document that a token lies in: sum of squared lengths over sum of lengths."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How a model is trained."""
+
+    tokens: int
+    """Of a micro-batch."""
+    rank: int = 16
+    targets: Set[str] | None = None
+    """Last parts of the names of the adapted Linears; None: all of the decoder."""
+    dora: bool = False
+    dropout: bool = False
+    device: Device = "cpu"
+    micro_batches: int = 1
+    """Of an optimizer step: their gradients are leaves of a tree, whose partial sums are held."""
+    recompute: bool = False
+    """Only the layers' inputs are kept, and each layer is computed again in the backward pass."""
+    parameters: int | None = None
+    """Of the base model, where they were counted; else by the shape."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a number that the base model computes with: fp32 on a CPU, bf16 on a GPU."""
+        return 4 if self.device == "cpu" else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one rank at its peak, by what they are for."""
+
+    weights: int
+    """Of the frozen base model."""
+    state: int
+    """Trained parameters, their gradients and partial sums, AdamW's moments, and the copy that is being saved."""
+    activations: int
+    """Kept for the backward pass."""
+    work: int
+    """Buffers of the largest step of a backward pass."""
+    head: int
+    """The logits that the loss head holds at once; never at the same time as `work`."""
+    device: Device = field(default="cpu")
+
+    @property
+    def live(self) -> int:
+        """What torch has allocated at the peak."""
+        return self.weights + self.state + self.activations + max(self.work, self.head)
+
+    @property
+    def resident(self) -> int:
+        """What the worker needs: of a CPU process with what its allocator keeps, of a GPU with what drivers take."""
+        if self.device == "cuda":
+            return round(CUDA_FACTOR * self.live) + CONTEXT
+        return round(PROCESS + self.weights + self.state + RESIDENT_FACTOR * (self.activations + max(self.work, self.head)))
+
+
+# -- bytes -------------------------------------------------------------------------------------------------------------
+
+
+def memory(shape: Shape, data: Data, setup: Setup) -> Memory:
+    trained = shape.lora(setup.rank, setup.targets, dora=setup.dora)
+    partial_sums = 1 + max(0, setup.micro_batches - 1).bit_length()
+    rows = max(1, LOGITS[setup.device] // shape.vocabulary)
+    scored = min(rows, math.ceil(data.learnt * setup.tokens))
+    # bf16 logits, the same in fp32, and their gradient in bf16.
+    logit = 4 if setup.device == "cpu" else 8
+    return Memory(
+        weights=(setup.parameters or shape.parameters) * setup.size,
+        state=4 * trained * (1 + 1 + partial_sums + 2 + 3),
+        activations=round(setup.tokens * saved_per_token(shape, data, setup)),
+        work=_work(shape, data, setup),
+        head=scored * shape.vocabulary * logit * (3 if shape.squashed else 1),
+        device=setup.device,
+    )
+
+
+def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
+    """Bytes that a backward pass keeps for each token."""
+    size, hidden = setup.size, shape.hidden
+    layer = _saved_by_attention(shape, data, setup) + _saved_by_mlp(shape, setup) + shape.norms * (4 * hidden + 4)
+    # Each target row's gradient, its number and log-probability; the last norm; the angles of the rotary embedding.
+    around = data.learnt * (size * hidden + 12) + 4 * hidden + 4 + shape.ropes * 2 * size * shape.query / shape.heads
+    if setup.recompute:
+        return around + layer + shape.layers * size * hidden
+    return around + shape.layers * layer - _not_in_the_first_layer(shape, data, setup)
+
+
+def _not_in_the_first_layer(shape: Shape, data: Data, setup: Setup) -> float:
+    """Bytes a token: what comes before the first adapted Linear of all has nothing to go back to."""
+    norm = 4 * shape.hidden + 4
+    adapted = shape.adapted(setup.targets)
+    first: float = norm if shape.norms_first else 0
+    if any(name in adapted for name in _incoming(shape)):
+        return first
+    first += _saved_by_attention(shape, data, setup)
+    if "o_proj" in adapted:
+        return first - _adapter_rows(shape, setup, "o_proj") - setup.size * shape.query
+    return first + norm
+
+
+def _incoming(shape: Shape) -> tuple[str, ...]:
+    """The Linears that give queries, keys and values."""
+    return ("qkv_proj",) if shape.fused else ("q_proj", "k_proj", "v_proj")
+
+
+def _adapter_rows(shape: Shape, setup: Setup, *names: str) -> float:
+    """Bytes of the adapters of `names`: rank-sized rows, and with dropout or DoRA what PEFT's own forward keeps."""
+    adapted = shape.adapted(setup.targets)
+    total = 0.0
+    for name in names:
+        if name in adapted:
+            inputs, outputs = adapted[name]
+            total += setup.size * setup.rank
+            # Dropped inputs and their mask.
+            total += inputs * (setup.size + 1) if setup.dropout else 0
+            total += 2 * outputs * setup.size if setup.dora else 0
+    return total
+
+
+def _saved_by_attention(shape: Shape, data: Data, setup: Setup) -> float:
+    size, query, key = setup.size, shape.query, shape.key
+    adapted = shape.adapted(setup.targets)
+    incoming = _incoming(shape)
+    saved = _adapter_rows(shape, setup, *incoming, "o_proj")
+    saved += size * shape.hidden if any(name in adapted for name in incoming) else 0
+    if shape.head_norms:
+        saved += 4 * (query + key + shape.heads + shape.pairs)
+    # A view of the values keeps all that the fused Linear gave.
+    values = query + 2 * key if shape.fused else key
+    outgoing = query if "o_proj" in adapted else 0
+    if shape.squashed:
+        # Keys and values for every head, the squashed scores, their shares in fp32.
+        return saved + size * (3 * query + outgoing) + shape.heads * data.length * (size + 4)
+    # On a CPU each document's result is kept by the kernel, and all of them joined by the Linear that follows.
+    result = query + outgoing if setup.device == "cpu" else query
+    return saved + size * (query + key + values + result) + 4 * shape.heads
+
+
+def _saved_by_mlp(shape: Shape, setup: Setup) -> float:
+    if not shape.experts:
+        return _saved_by_dense(shape, setup, shape.inner)
+    size, chosen = setup.size, shape.chosen
+    # Gate and up together, what the gate lets through, and each expert's answer; three permutations; the router's shares.
+    routed = chosen * (size * (shape.hidden + 3 * shape.inner) + 3 * 8) + 4 * shape.experts + 4 * chosen * size
+    return routed + (_saved_by_dense(shape, setup, shape.shared) if shape.shared else 0)
+
+
+def _saved_by_dense(shape: Shape, setup: Setup, inner: int) -> float:
+    size, adapted = setup.size, shape.adapted(setup.targets)
+    names = ("gate_up_proj",) if shape.fused else ("gate_proj", "up_proj") if shape.gated else ("c_fc",)
+    out = "down_proj" if shape.gated else "c_proj"
+    saved = _adapter_rows(shape, setup, *names, out)
+    saved += size * shape.hidden if any(name in adapted for name in names) else 0
+    product = inner if out in adapted else 0
+    if not shape.gated:
+        return saved + size * (inner + product)
+    return saved + size * (2 * inner if _gate_again(shape, setup) else 3 * inner + product)
+
+
+def _gate_again(shape: Shape, setup: Setup) -> bool:
+    """Whether the patch computes act(gate) and its product with up again: it needs both as Linears, and LoRA on the last."""
+    adapted = "down_proj" in shape.adapted(setup.targets)
+    return adapted and not shape.fused and not setup.dropout and not setup.dora
+
+
+def _work(shape: Shape, data: Data, setup: Setup) -> int:
+    """Bytes of the largest step of a backward pass, over what is kept at its beginning. The steps run backwards, so each
+    finds free what those before it needed: of the last layer the MLP comes first, then the attention."""
+    size, hidden, tokens = setup.size, shape.hidden, setup.tokens
+    free = data.learnt * hidden + hidden
+    mlp = size * (_mlp_rows(shape, setup) - free)
+    attention = size * (3 * shape.query + 4 * shape.key + 2 * hidden - free) - _saved_by_mlp(shape, setup)
+    # Scores of one document at a time.
+    scores = 2 * size * shape.heads * data.length * min(data.length, tokens) if shape.squashed else 0
+    return max(0, round(tokens * mlp), round(tokens * attention + scores))
+
+
+def _mlp_rows(shape: Shape, setup: Setup) -> float:
+    """Numbers a token that the backward pass of the last MLP has at once."""
+    hidden = shape.hidden
+    if shape.experts:
+        return shape.chosen * (2 * hidden + 3 * shape.inner) + (4 * shape.shared if shape.shared else 0)
+    if not shape.gated:
+        return shape.inner + 2 * hidden
+    return (4 if _gate_again(shape, setup) else 2) * shape.inner + hidden
+
+
+def tokens_that_fit(shape: Shape, data: Data, setup: Setup, room: int) -> int:
+    """The most tokens of a micro-batch for which `resident` is at most `room` bytes; 0 if nothing fits."""
+    low, high = 0, 1 << 24
+    while low < high:
+        middle = (low + high + 1) // 2
+        if memory(shape, data, replace(setup, tokens=middle)).resident <= room:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
 def _number(config: Mapping[str, Any], *names: str) -> int:
     found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
     if found is None:
@@ -79,14 +416,18 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
     return int(found)
 
 
-def flops_per_token(shape: Shape, data: Data, rank: int) -> float:
-    """Needed floating-point operations of a training token, forward and backward, with nothing computed twice.
+def flops_per_token(
+    shape: Shape, data: Data, rank: int, targets: Set[str] | None = None, *, recompute: bool = False
+) -> float:
+    """Needed floating-point operations of a training token, forward and backward, with nothing computed twice but what
+    `recompute` asks for.
 
     2 a weight and pass: a frozen Linear has two passes (forward, and the gradient of its input, which the first layer's
     queries, keys and values do not need), a LoRA matrix three. Causal attention of a document of L tokens has two
     products of L/2 keys forward and five backward.
     """
-    linears = 4 * shape.layers * (shape.attention + shape.mlp) - 2 * shape.hidden * (shape.query + 2 * shape.key)
+    passes = 3 if recompute else 2
+    linears = 2 * passes * shape.layers * (shape.attention + shape.mlp) - 2 * shape.hidden * (shape.query + 2 * shape.key)
     head = 4 * shape.vocabulary * shape.hidden * data.learnt
-    attention = 7 * shape.query * shape.layers * data.length
-    return linears + 6 * shape.lora(rank) + head + attention
+    attention = (9 if recompute else 7) * shape.query * shape.layers * data.length
+    return linears + (8 if recompute else 6) * shape.lora(rank, targets) + head + attention

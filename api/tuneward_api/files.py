@@ -26,7 +26,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
 from tuneward_api.objective import SUPERVISED, ResolvedObjective
-from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
+from tuneward_api.resolved import ResolvedData, ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 
 
 class JobRef(Record):
@@ -90,6 +90,7 @@ class Prepared(Record):
     hyperparameters: ResolvedHyperparameters
     packing: ResolvedPacking
     bins_per_micro_batch: Int = 1
+    estimate: ResolvedEstimate | None = None
     model_type: str = Field("", description="config.json's model_type.")
 
 
@@ -156,6 +157,7 @@ class Progress(Record):
     learning_rate: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: Int | None = None
+    memory_bytes: Int | None = None
     checkpoint: SavedCheckpoint | None = None
     from_step: Int = 0
     resume: str = "exact"

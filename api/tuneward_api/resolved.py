@@ -71,6 +71,18 @@ class ResolvedHyperparameters(Model):
     seed: Int = Field(description="Seed.")
 
 
+class ResolvedEstimate(Model):
+    """What the training was expected to cost, before it ran. Bytes are those of one rank at its peak; on a GPU with as many
+    rows at once as are of any use, of which it takes fewer where its memory is smaller."""
+
+    memory_bytes: Int = Field(description="All that a rank needs, with what allocators and drivers keep.", ge=0)
+    weight_bytes: Int = Field(description="Of it, the frozen base model.", ge=0)
+    state_bytes: Int = Field(description="Trained parameters, gradients and the optimizer's moments.", ge=0)
+    activation_bytes: Int = Field(description="What the backward pass needs of the forward pass.", ge=0)
+    buffer_bytes: Int = Field(description="The largest of what is needed for a moment, such as logits.", ge=0)
+    flops: float = Field(description="Floating-point operations of the whole training.", ge=0)
+
+
 class Resolved(Model):
     """Every default chosen and every moving part pinned; copied once from the plan."""
 
@@ -81,6 +93,7 @@ class Resolved(Model):
     hyperparameters: ResolvedHyperparameters = Field(description="The numbers.")
     bins_per_micro_batch: Int = Field(description="Packed rows a forward pass.")
     packing: ResolvedPacking = Field(description="Whether samples share a row.")
+    estimate: ResolvedEstimate | None = Field(None, description="What it was expected to cost.")
     images: dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=512)]] = Field(
         max_length=8, description="Images that the job runs."
     )

@@ -79,6 +79,8 @@ def _work_commands(commands: Commands) -> None:
     train.add_argument(
         "--workers", type=_positive, metavar="N", help="processes; any number gives the same result, up to rounding"
     )
+    _add_estimate(commands)
+    _add_init(commands)
     _add_validate(commands)
 
 
@@ -98,6 +100,28 @@ def _add_validate(commands: Commands) -> None:
     check.add_argument(
         "--write-corrected", type=Path, metavar="DIR", help="write the files without bad samples; overwrites nothing"
     )
+
+
+def _add_estimate(commands: Commands) -> None:
+    costs = _command(commands, "estimate", _estimate, "memory, steps and time of a job, without training it", "output")
+    costs.add_argument("file", type=Path, metavar="FILE", help="YAML with a FineTuneJob")
+    costs.add_argument("--store", type=Path, metavar="DIR", default=Path("tuneward-store"), help="default: ./tuneward-store")
+    costs.add_argument("--name", help="which FineTuneJob of FILE; default: the only one")
+    costs.add_argument(
+        "--claim", action="append", default=[], type=_pair, metavar="NAME=DIR", help="folder of another claim"
+    )
+    costs.add_argument("--gpu-memory", type=_amount, metavar="GIB", help="ask about a GPU with so much memory")
+
+
+def _add_init(commands: Commands) -> None:
+    first = _command(commands, "init", _init, "write a first job.yaml for a model and data", "output")
+    first.add_argument("--model", required=True, metavar="DIR|URI", help="a model's folder, or hf://… or pvc://…")
+    first.add_argument("--data", required=True, nargs="+", metavar="FILE|URI", help="samples; checked and counted")
+    first.add_argument(
+        "--out", type=Path, metavar="FILE", default=Path("job.yaml"), help="default: job.yaml; never overwritten"
+    )
+    first.add_argument("--store", type=Path, metavar="DIR", default=Path("tuneward-store"), help="default: ./tuneward-store")
+    first.add_argument("--name", help="of the job; default: the first file's")
 
 
 def _look_commands(commands: Commands) -> None:
@@ -142,6 +166,16 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number from 1 on")
     return int(text)
+
+
+def _amount(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100_000:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of GiB, such as 80")
+    return value
 
 
 def _up(options: Arguments) -> int:
@@ -227,6 +261,20 @@ def _train(options: Arguments) -> int:
         workers=options.workers,
     )
     return train.train(chosen, Voice(options.output))
+
+
+def _init(options: Arguments) -> int:
+    from tuneward_cli import starting
+
+    asked = starting.Options(options.model, tuple(options.data), options.out, options.store, options.name)
+    return starting.start(asked, Voice(options.output))
+
+
+def _estimate(options: Arguments) -> int:
+    from tuneward_cli import estimating
+
+    asked = estimating.Options(options.file, options.store, options.name, tuple(options.claim), options.gpu_memory)
+    return estimating.estimate(asked, Voice(options.output))
 
 
 def _validate(options: Arguments) -> int:

@@ -37,6 +37,7 @@ class Seen:
     loss: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: int | None = None
+    memory_bytes: int | None = None
 
     @classmethod
     def of(cls, progress: Mapping[str, Any] | None) -> Seen:
@@ -48,6 +49,7 @@ class Seen:
             loss=found.get("trainLoss"),
             tokens_per_second=found.get("tokensPerSecond"),
             eta_seconds=found.get("etaSeconds"),
+            memory_bytes=found.get("memoryBytes"),
         )
 
 
@@ -58,6 +60,8 @@ def progress_line(seen: Seen) -> str:
         parts.append(f"loss {seen.loss:.3f}")
     if seen.tokens_per_second:
         parts.append(f"{seen.tokens_per_second:,.0f} tokens/s")
+    if seen.memory_bytes:
+        parts.append(gibibytes(seen.memory_bytes))
     if seen.eta_seconds is not None and seen.step < seen.steps:
         parts.append(f"{duration(seen.eta_seconds)} to go")
     return ", ".join(parts)
@@ -79,6 +83,20 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit in ("B", "kB") or count >= 10 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def gibibytes(count: float) -> str:
+    """Memory for people: `13.5 GiB`, `0.02 GiB`."""
+    return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 30):.2f} GiB"
+
+
+def operations(count: float) -> str:
+    """Floating-point operations: `2.61 TFLOP`."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if count < 1000:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} ZFLOP"
 
 
 def phase_line(name: str, phase: str | None, message: str | None = None) -> str:

@@ -143,6 +143,7 @@ def resolved_of(plan: Plan) -> Resolved:
         method=prepared.method,
         hyperparameters=prepared.hyperparameters,
         bins_per_micro_batch=prepared.bins_per_micro_batch,
+        estimate=prepared.estimate,
         packing=prepared.packing,
         images={"trainer": plan.request.images.trainer},
     )
@@ -284,7 +285,7 @@ def _done(before: ProgressStatus | None, result: Result, now: datetime) -> Progr
         return before
     said = Progress(step=result.step, steps=result.steps, train_loss=result.metrics.train_loss)
     last = progress_status(said, now)
-    kept = ("epoch", "validation_loss", "tokens_per_second")
+    kept = ("epoch", "validation_loss", "tokens_per_second", "memory_bytes")
     return last if before is None else last.model_copy(update={name: getattr(before, name) for name in kept})
 
 
@@ -302,6 +303,7 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         validation_loss=said.validation_loss,
         tokens_per_second=said.tokens_per_second,
         eta_seconds=said.eta_seconds,
+        memory_bytes=said.memory_bytes,
         eta=None if said.eta_seconds is None else in_words(said.eta_seconds),
         observed_at=stamp(at),
     )

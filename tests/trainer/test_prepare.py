@@ -17,7 +17,7 @@ from tests.trainer.rooms import UNVERIFIED, Room, chats, write
 
 from tuneward_api import manifest, names
 from tuneward_api.resolved import ResolvedPacking
-from tuneward_trainer import defaults, prepare, store, verify
+from tuneward_trainer import defaults, memory, prepare, store, verify
 from tuneward_trainer.model import ModelUnsupportedError
 from tuneward_trainer.report import EndError
 
@@ -33,6 +33,13 @@ def test_the_report_holds_every_default(room: Room, unverified: None) -> None:
         "LoRA of rank 16 trains 4884480 of 134515008 parameters",
     }
     base, data, packing = prepared.pop("base"), prepared.pop("data"), prepared.pop("packing")
+    estimate = prepared.pop("estimate")
+    # fp32 weights; parameters, gradients, two moments, a sum and a copy of three for a checkpoint.
+    assert (estimate["weightBytes"], estimate["stateBytes"]) == (4 * 134515008, 4 * 4884480 * 8)
+    assert estimate["memoryBytes"] < 4 << 30
+    # Three epochs: frozen Linears twice, adapters three times, the head's words where a token is learnt.
+    each, head = 4 * (134515008 - 49152 * 576) + 6 * 4884480, 4 * 49152 * 576
+    assert estimate["flops"] == pytest.approx(3 * (880 * each + 150 * head), rel=0.02)
     assert prepared == {
         "objective": {"type": "SFT"},
         "method": {
@@ -377,4 +384,4 @@ def test_pretraining_may_take_larger_batches() -> None:
     ("quantity", "expected"), [("4Gi", 4 << 30), (1024, 1024), ("1.5G", 1_500_000_000), ("1e9", 10**9), ("512Mi", 512 << 20)]
 )
 def test_quantities(quantity: int | str, expected: int) -> None:
-    assert defaults.to_bytes(quantity) == expected
+    assert memory.to_bytes(quantity) == expected

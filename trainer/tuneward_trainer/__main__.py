@@ -23,6 +23,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--plan", type=Path, default=Path(names.PLAN_FILE))
     finish = commands.add_parser("finish", help="check the result and file it as an adapter")
     finish.add_argument("--plan", type=Path, default=Path(names.PLAN_FILE))
+    estimate = commands.add_parser("estimate", help="memory, operations and time of a plan, as JSON")
+    estimate.add_argument("--plan", type=Path, default=Path(names.PLAN_FILE))
+    estimate.add_argument("--gpu-memory", type=float, metavar="GIB", help="ask about a GPU with so much memory")
     _add_validate(commands.add_parser("validate", help="count samples and tokens, show every error"))
     _add_import(commands.add_parser("import-gguf", help="make a Hugging Face folder of a GGUF file"))
     return top
@@ -81,6 +84,12 @@ def _validate(arguments: argparse.Namespace) -> int:
     return validate.main(arguments)
 
 
+def _estimate(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import estimate
+
+    return estimate.main(arguments)
+
+
 def _import_gguf(arguments: argparse.Namespace) -> int:
     from tuneward_trainer import gguf
 
@@ -92,6 +101,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "fetch": _fetch,
     "train": _train,
     "finish": _finish,
+    "estimate": _estimate,
     "validate": _validate,
     "import-gguf": _import_gguf,
 }

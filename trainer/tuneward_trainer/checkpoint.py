@@ -23,6 +23,7 @@ from tuneward_api import manifest
 from tuneward_api.files import Plan, SavedCheckpoint
 from tuneward_trainer.endings import ConfigBadError
 from tuneward_trainer.engine import State
+from tuneward_trainer.memory import Choice
 from tuneward_trainer.rundir import now
 
 FOLDER: Final = "checkpoints"
@@ -59,10 +60,13 @@ def identity(plan: Plan, shapes: dict[str, list[int]]) -> dict[str, Any]:
     return {"base": plan.prepared.base.digest, "data": plan.prepared.data.summary.digest, "shapes": shapes}
 
 
-def circumstances(device: torch.device) -> dict[str, Any]:
+def circumstances(device: torch.device, choice: Choice) -> dict[str, Any]:
     """What must be equal for a resume to give the same bytes."""
     cuda = device.type == "cuda"
+    # On a CPU the plan says how many.
+    rows = {"rows at once": choice.bins} if cuda else {}
     return {
+        **rows,
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
         # On a CPU sums inside a matrix product may be split by thread.

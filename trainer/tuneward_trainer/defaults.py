@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -25,21 +24,6 @@ _STEPS_WANTED: Final = 200
 _LEAST_STEPS: Final = 5
 _LEAST_BATCH: Final = 4096
 _BILLION: Final = 10**9
-_TOKENS_AT_ONCE: Final = {"cpu": 1024, "gpu": 8192}
-"""Tokens of a micro-batch where memory allows them: beyond, kernels get no faster."""
-_CPU_MEMORY: Final = 4 << 30
-"""Bytes: what a worker requests when the job names nothing."""
-_UNITS: Final = {
-    "": 1,
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 1 << 10,
-    "Mi": 1 << 20,
-    "Gi": 1 << 30,
-    "Ti": 1 << 40,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,31 +153,3 @@ def learning_rate(parameters: int) -> float:
     if parameters <= 4 * _BILLION:
         return 4e-4
     return 2e-4 if parameters < 65 * _BILLION else 1e-4
-
-
-def bins_per_micro_batch(spec: FineTuneJobSpec, facts: Facts, *, sequence_length: int, batch: int) -> int:
-    """Rows that go through the model at once. Never a function of the number of workers: the same job on more of them
-    gives the same bytes."""
-    gpus = spec.workers.gpus_per_worker if spec.workers is not None else None
-    on_cpu = gpus == 0
-    wanted = _TOKENS_AT_ONCE["cpu" if on_cpu else "gpu"]
-    if on_cpu:
-        wanted = min(wanted, max(1, _tokens_in_memory(spec, facts)))
-    return max(1, min(wanted, batch) // sequence_length)
-
-
-def _tokens_in_memory(spec: FineTuneJobSpec, facts: Facts) -> int:
-    """On a CPU: fp32 weights and optimizer aside, half of the rest for activations, which the allocator doubles."""
-    resources = spec.workers.resources if spec.workers is not None else None
-    limits, requests = (resources.limits or {}, resources.requests or {}) if resources is not None else ({}, {})
-    memory = to_bytes(limits.get("memory", requests.get("memory", _CPU_MEMORY)))
-    per_token = 4 * 2 * (facts.saved_per_token + facts.vocabulary)
-    return int((memory - 4 * facts.parameters) * 0.5) // per_token
-
-
-def to_bytes(quantity: int | str) -> int:
-    """Kubernetes' 4Gi, 512M, 1e9; the schema has checked the form."""
-    match = re.match(r"^\+?([0-9.]+)(e[0-9]+|E[0-9]+)?([a-zA-Z]*)$", str(quantity))
-    if match is None or match[3] not in _UNITS:
-        raise ValueError(f"{quantity!r} is no quantity of memory")
-    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3]])

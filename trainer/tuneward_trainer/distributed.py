@@ -162,6 +162,14 @@ class Gang:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def smallest(self, value: int | None) -> int | None:
+        """Of all ranks' values; None if this one has none (then no rank has)."""
+        if value is None or self.world == 1:
+            return value
+        values = torch.zeros(self.world, dtype=torch.int64)
+        values[self.rank] = value
+        return int(self.add(values).min())
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.control)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,8 +64,8 @@ _PEER_LOST = re.compile(
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
 
 
-def classify(error: BaseException) -> Ending:
-    """Of any exception that ends a rank."""
+def classify(error: BaseException, remedy: Callable[[], str]) -> Ending:
+    """Of any exception that ends a rank. `remedy` says what to lower where memory ran out."""
     text = f"{type(error).__name__}: {error}"[:MAX_MESSAGE]
     if isinstance(error, EndingError):
         return Ending(error.reason, str(error)[:MAX_MESSAGE], int(error.exit_code), error.secondary)
@@ -75,8 +76,7 @@ def classify(error: BaseException) -> Ending:
     ):
         return Ending(
             Reason.OUT_OF_MEMORY,
-            "not enough memory; lower spec.hyperparameters.sequenceLength, or give the workers more "
-            f"(spec.workers.resources.limits.memory): {text}"[:MAX_MESSAGE],
+            f"not enough memory; {remedy()}: {text}"[:MAX_MESSAGE],
             FAILED,
         )
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and _PEER_LOST.search(text)):

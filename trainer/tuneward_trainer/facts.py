@@ -15,15 +15,12 @@ _LENGTHS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "max
 
 @dataclass(frozen=True)
 class Facts:
-    """`empty` is the model on the meta device; `max_length` the longest text it was made for, in tokens, if it says so;
-    `saved_per_token` the numbers that a backward pass keeps for each token."""
+    """`empty` is the model on the meta device; `max_length` the longest text it was made for, in tokens, if it says so."""
 
     architecture: str
     model_type: str
     parameters: int
     max_length: int | None
-    saved_per_token: int
-    vocabulary: int
     empty: Any
 
 
@@ -49,8 +46,6 @@ def _facts(architecture: str, model_type: str, text: Any, empty: Any) -> Facts:
         model_type=model_type,
         parameters=sum(parameter.numel() for parameter in empty.parameters()),
         max_length=next((int(length) for name in _LENGTHS if (length := getattr(text, name, None))), None),
-        saved_per_token=_saved_per_token(text),
-        vocabulary=int(text.vocab_size),
         empty=empty,
     )
 
@@ -64,16 +59,6 @@ def _refuse_quantised(raw: dict[str, Any]) -> None:
             f"the base model is quantised ({method}); use the same model in bf16 or fp32, or in {' or '.join(DEQUANTISED)}, "
             "which loading undoes"
         )
-
-
-def _saved_per_token(text: Any) -> int:
-    """Per layer: inputs, norms and the attention's and MLP's inner rows, 4H + 2(q + k) + 2I + fp32 statistics."""
-    hidden = int(text.hidden_size)
-    heads = int(getattr(text, "num_attention_heads", 1))
-    head = int(getattr(text, "head_dim", None) or hidden // heads)
-    pairs = int(getattr(text, "num_key_value_heads", None) or heads)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
-    return int(text.num_hidden_layers) * (4 * hidden + 2 * heads * head + 2 * pairs * head + 2 * inner + 2 + heads)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -21,7 +21,9 @@ import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
@@ -41,13 +43,16 @@ Forward = Callable[[Batch], Tensor]
 
 
 @contextmanager
-def applied(model: PeftModel, names: Collection[str] = ALL) -> Iterator[Forward]:
+def applied(model: PeftModel, names: Collection[str] = ALL, *, recompute: bool = False) -> Iterator[Forward]:
     """The model's forward pass with the patches in `names`; outside the block the model is plain again.
 
-    Without packed-attention each document has a forward pass of its own.
+    Without packed-attention each document has a forward pass of its own. With `recompute` only the inputs of layers are
+    kept, and each is computed again in the backward pass: a third more work, where memory would not do otherwise.
     """
     base: PreTrainedModel = model.get_base_model()
     with ExitStack() as stack:
+        if recompute:
+            stack.enter_context(_recomputed_layers(base))
         if LORA_LINEAR in names:
             stack.enter_context(_lora_linears(base))
         if GATED_MLP in names:
@@ -144,16 +149,16 @@ class _TargetLogprobs(torch.autograd.Function):
         chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
         for start in range(0, len(hidden), chunk):
             part = slice(start, start + chunk)
-            scores, bend = _scores(hidden[part], weight, bias, cap)
-            scores -= scores.amax(-1, keepdim=True)
-            chosen = scores.gather(-1, targets[part, None])
-            sums = scores.exp_().sum(-1, keepdim=True)
-            logprobs[part] = (chosen - sums.log())[:, 0]
-            if slopes is not None:
-                gradient = scores.div_(sums.neg_())
-                gradient.scatter_add_(-1, targets[part, None], torch.ones_like(sums))
-                gradient = gradient if bend is None else gradient.mul_(bend)
-                torch.mm(gradient.to(weight.dtype), weight, out=slopes[part])
+            # A function of its own: its logits are gone before those of the next chunk are made.
+            _score_chunk(
+                hidden[part],
+                weight,
+                bias,
+                targets[part, None],
+                cap,
+                logprobs[part],
+                slopes[part] if slopes is not None else None,
+            )
         ctx.save_for_backward(slopes)
         return logprobs
 
@@ -161,6 +166,28 @@ class _TargetLogprobs(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slopes,) = ctx.saved_tensors
         return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
+
+
+def _score_chunk(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    cap: float | None,
+    logprobs: Tensor,
+    slopes: Tensor | None,
+) -> None:
+    """[r, H], [V, H], [V], int64 [r, 1] -> fills float32 [r] and, unless None, [r, H]."""
+    scores, bend = _scores(hidden, weight, bias, cap)
+    scores -= scores.amax(-1, keepdim=True)
+    chosen = scores.gather(-1, targets)
+    sums = scores.exp_().sum(-1, keepdim=True)
+    logprobs.copy_((chosen - sums.log())[:, 0])
+    if slopes is not None:
+        gradient = scores.div_(sums.neg_())
+        gradient.scatter_add_(-1, targets, torch.ones_like(sums))
+        gradient = gradient if bend is None else gradient.mul_(bend)
+        torch.mm(gradient.to(weight.dtype), weight, out=slopes)
 
 
 def _scores(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -314,6 +341,20 @@ class _GatedDown(torch.autograd.Function):
         to_up = torch.mul(to_inner, opened.detach(), out=inner)
         (to_gate,) = torch.autograd.grad(opened, gate, to_inner.mul_(up))
         return to_gate, to_up, None, to_a, to_b, None, None, None
+
+
+# -- memory ----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _recomputed_layers(base: nn.Module) -> Iterator[None]:
+    """transformers' own switch works in training mode only, which would turn on the base model's dropout."""
+    with ExitStack() as stack:
+        for module in base.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                again = functools.partial(checkpoint, module.forward, use_reentrant=False)
+                stack.enter_context(_instance_forward(module, again))
+        yield
 
 
 @contextmanager

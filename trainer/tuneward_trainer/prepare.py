@@ -20,12 +20,13 @@ from pydantic import ValidationError
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.datasets import Dataset, Datasets
+from tuneward_api.estimate import Data as Statistics
 from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request, termination_message
-from tuneward_api.finetunejob import Hyperparameters, Method
+from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
-from tuneward_api.resolved import ResolvedData, ResolvedPacking
+from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_api.uris import parse_uri
-from tuneward_trainer import defaults, models
+from tuneward_trainer import defaults, memory, models
 from tuneward_trainer.data.build import ERRORS, DataError, Summary, build
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.samples import Limits, Source
@@ -104,14 +105,13 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     summary = Summary.read(cache.folder)
     for note in summary.notes():
         log.info("%s", note)
+    lengths = Documents.open(cache.folder / TRAINING).lengths
     numbers = defaults.hyperparameters(
-        hyper,
-        lengths=Documents.open(cache.folder / TRAINING).lengths,
-        summary=summary,
-        facts=facts,
-        longest=longest,
-        objective=objective,
+        hyper, lengths=lengths, summary=summary, facts=facts, longest=longest, objective=objective
     )
+    data = memory.statistics(lengths, summary.target_tokens)
+    costs = costs_of(spec, found.folder, method, numbers, facts, data)
+    choice = costs.choose(memory.worker_memory(spec) if costs.setup.device == "cpu" else None) if costs else memory.Choice(1)
     return Prepared(
         base=base_of(found, facts, tokenizer),
         data=Data(sub_path=cache.sub_path, summary=_resolved(cache.digest, summary)),
@@ -119,11 +119,26 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         method=method,
         hyperparameters=numbers,
         packing=packing,
-        bins_per_micro_batch=defaults.bins_per_micro_batch(
-            spec, facts, sequence_length=numbers.sequence_length, batch=numbers.batch_tokens
-        ),
+        bins_per_micro_batch=choice.bins,
+        estimate=memory.estimate(costs, choice, summary.tokens) if costs else None,
         model_type=facts.model_type,
     )
+
+
+def costs_of(
+    spec: FineTuneJobSpec,
+    folder: Path,
+    method: ResolvedMethod,
+    hyper: ResolvedHyperparameters,
+    facts: Facts,
+    data: Statistics,
+) -> memory.Costs | None:
+    """None for a model whose config.json does not say what memory and time depend on."""
+    shape = memory.shape_of(folder)
+    if shape is None:
+        return None
+    device = memory.device_of(spec)
+    return memory.Costs.of(shape, method, hyper, parameters=facts.parameters, data=data, device=device)
 
 
 def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:

@@ -42,6 +42,7 @@ METRICS: Final = {
     "tuneward_learning_rate": ("Learning rate of the last step.", "learningRate"),
     "tuneward_tokens_per_second": ("Tokens a second over all ranks.", "tokensPerSecond"),
     "tuneward_eta_seconds": ("Estimated seconds to the last step.", "etaSeconds"),
+    "tuneward_memory_bytes": ("Largest memory of the first rank so far: of its GPU, or resident in a CPU's.", "memoryBytes"),
     "tuneward_checkpoint_step": ("Step of the newest complete checkpoint.", "checkpointStep"),
 }
 """Name -> (meaning, field of the progress)."""

@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from transformers import PreTrainedModel
 
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
+from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
-from tuneward_trainer import checkpoint, endings, proof, rundir
+from tuneward_trainer import checkpoint, endings, memory, proof, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.divergence import LossWatch
@@ -59,6 +61,7 @@ class Session:
     training: Documents
     validation: Documents | None
     schedule: Schedule
+    choice: memory.Choice
     reporter: Reporter
     attempt: int
     from_step: int
@@ -98,7 +101,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     engine = Engine(
         model, weight_decay=prepared.hyperparameters.weight_decay, max_grad_norm=prepared.hyperparameters.max_grad_norm
     )
-    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device)
+    choice = rows_of(plan, model_dir, gang)
+    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device, choice)
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
     if found is not None:
@@ -124,7 +128,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         engine=engine,
         training=training,
         validation=validation,
-        schedule=Schedule(training.lengths, prepared.hyperparameters, prepared.bins_per_micro_batch),
+        schedule=Schedule(training.lengths, prepared.hyperparameters, choice.bins),
+        choice=choice,
         reporter=reporter,
         attempt=attempt,
         from_step=engine.step,
@@ -135,6 +140,21 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         saved_step=engine.step,
         before=found.notes.get("validation_loss_before") if found is not None else None,
     )
+
+
+def rows_of(plan: Plan, model_dir: Path, gang: Gang) -> memory.Choice:
+    """What goes through the model at once, the same on every rank."""
+    room = gang.smallest(device_memory(gang.device))
+    choice = memory.rows(plan.prepared, model_dir, room)
+    if gang.leads and room is not None:
+        twice = ", each layer computed twice," if choice.recompute else ""
+        logger.info("%d row(s) at once%s in %.0f GiB", choice.bins, twice, room / GIB)
+    return choice
+
+
+def device_memory(device: torch.device) -> int | None:
+    """Bytes of a GPU, whatever else runs there: a resumed job shall find the same. None on a CPU, where prepare chose."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def uniform_loss(base: PreTrainedModel) -> float:

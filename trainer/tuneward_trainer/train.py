@@ -20,14 +20,15 @@ from typing import Any, Final
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from tuneward_api import names
 from tuneward_api.files import Plan, canonical_json
-from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, patches, rundir
+from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, memory, patches, rundir
 from tuneward_trainer.batch import collate, total_weight
-from tuneward_trainer.distributed import Gang, TreeSum, join, share
+from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.patches import Forward
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
-from tuneward_trainer.session import Session, Stop, begin, conclude
+from tuneward_trainer.session import Session, Stop, begin, conclude, device_memory
 
 DEFAULT_SECONDS: Final = 300
 _LOG_SECONDS: Final = 2.0
@@ -45,7 +46,8 @@ def train(session: Session) -> None:
     """From the session's step to the last one, or to the step after which all agree to stop."""
     hyper = session.plan.prepared.hyperparameters
     clock = Clock(hyper.steps)
-    with patches.applied(session.engine.model, session.plan.prepared.packing.patches) as forward:
+    chosen, recompute = session.plan.prepared.packing.patches, session.choice.recompute
+    with patches.applied(session.engine.model, chosen, recompute=recompute) as forward:
         measure_base(session, forward)
         session.reporter.update(phase="Training", step=session.engine.step)
         clock.reset()
@@ -176,7 +178,8 @@ def tell(session: Session, facts: dict[str, Any], timing: dict[str, Any]) -> Non
     shown = {name: facts[name] for name in ("train_loss", "learning_rate")}
     shown |= {name: timing[name] for name in ("tokens_per_second", "eta_seconds")}
     saved = session.saver.last if session.saver is not None else None
-    session.reporter.update(phase="Training", step=step, epoch=session.schedule.epoch(step), checkpoint=saved, **shown)
+    shown |= {"memory_bytes": memory.taken(session.gang.device.type), "epoch": session.schedule.epoch(step)}
+    session.reporter.update(phase="Training", step=step, checkpoint=saved, **shown)
     if session.log is not None:
         session.log.write(step=step, **facts, **timing)
         _say(step, steps, facts, timing)
@@ -312,10 +315,16 @@ def main(plan_path: Path) -> int:
     try:
         return run_rank(rundir.load_plan(plan_path), join(), stop, reporter)
     except Exception as error:  # noqa: BLE001 - every end is reported with its reason
-        ending = endings.classify(error)
+        ending = endings.classify(error, lambda: memory_remedy(plan_path))
         logger.error("%s\n%s", ending.message, "".join(traceback.format_exception(error)).rstrip())
         leave(folder, rank, ending)
         return ending.exit_code
+
+
+def memory_remedy(plan_path: Path) -> str:
+    """What to lower where memory ran out."""
+    device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
+    return memory.remedy(rundir.load_plan(plan_path), rundir.directory(names.ENV_MODEL_DIR), device_memory(device))
 
 
 def leave(folder: Path | None, rank: int, ending: endings.Ending) -> None:

@@ -1,0 +1,222 @@
+"""How much goes through the model at once, and what to lower where that was too much: the estimate, applied.
+
+The number of rows in a micro-batch decides how gradients are rounded, so it is a function of the plan alone: on a CPU of
+the memory that the job asks for, chosen once by prepare; on GPUs of the smallest one's memory, which prepare cannot know.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import resource
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, Shape, flops_per_token, memory, tokens_that_fit
+from tuneward_api.files import Plan, Prepared
+from tuneward_api.finetunejob import FineTuneJobSpec
+from tuneward_api.resolved import ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
+
+TOKENS_AT_ONCE: Final[dict[Device, int]] = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a micro-batch where memory allows them: beyond, kernels get no faster."""
+CPU_MEMORY: Final = 4 * GIB
+"""What a worker requests when the job names nothing."""
+_SHORTEST: Final = 16
+_UNITS: Final = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How a rank feeds its model."""
+
+    bins: int
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What memory and time depend on, of one job."""
+
+    shape: Shape
+    data: Data
+    setup: Setup
+    hyper: ResolvedHyperparameters
+
+    @classmethod
+    def of(
+        cls,
+        shape: Shape,
+        method: ResolvedMethod,
+        hyper: ResolvedHyperparameters,
+        *,
+        parameters: int,
+        data: Data,
+        device: Device,
+    ) -> Costs:
+        setup = Setup(
+            tokens=0,
+            rank=method.rank,
+            targets=frozenset(method.target_modules),
+            dora=method.type == "DoRA",
+            dropout=bool(method.dropout),
+            device=device,
+            parameters=parameters,
+        )
+        return cls(shape=shape, data=data, setup=setup, hyper=hyper)
+
+    def fit(self, room: int, *, recompute: bool = False) -> int:
+        """Tokens of a micro-batch that fit `room` bytes."""
+        return tokens_that_fit(self.shape, self.data, replace(self.setup, recompute=recompute), room)
+
+    def memory(self, choice: Choice) -> Memory:
+        """Of one rank that does all of a step's micro-batches."""
+        tokens = choice.bins * self.hyper.sequence_length
+        count = max(1, self.hyper.batch_tokens // tokens)
+        # Rows are nearly full, and no step has more tokens than a batch.
+        at_once = min(tokens, max(self.hyper.batch_tokens, self.hyper.sequence_length))
+        setup = replace(self.setup, tokens=at_once, micro_batches=count, recompute=choice.recompute)
+        return memory(self.shape, self.data, setup)
+
+    def choose(self, room: int | None) -> Choice:
+        """`room`: bytes; None where the device is not known yet: as many rows as are of any use."""
+        length = self.hyper.sequence_length
+        wanted = min(TOKENS_AT_ONCE[self.setup.device], self.hyper.batch_tokens)
+        if room is None:
+            return Choice(max(1, wanted // length))
+        fit = self.fit(room)
+        if fit >= length or self.setup.device == "cpu":
+            return Choice(max(1, min(wanted, fit) // length))
+        fit = self.fit(room, recompute=True)
+        return Choice(max(1, min(wanted, fit) // length), recompute=True)
+
+
+def shape_of(folder: Path) -> Shape | None:
+    """Of the model in `folder`; None if its config.json does not say what is needed."""
+    try:
+        return Shape.of(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, ZeroDivisionError):
+        return None
+
+
+def statistics(lengths: NDArray[np.int32], target_tokens: int) -> Data:
+    """`lengths`: int32 [documents], of which `target_tokens` tokens are learnt."""
+    sizes = lengths.astype(np.float64)
+    tokens = float(sizes.sum()) or 1.0
+    return Data(learnt=min(1.0, target_tokens / tokens), length=float((sizes * sizes).sum()) / tokens)
+
+
+def estimate(costs: Costs, choice: Choice, tokens: int) -> ResolvedEstimate:
+    """`tokens`: of one epoch."""
+    needs = costs.memory(choice)
+    targets = costs.setup.targets
+    each = flops_per_token(costs.shape, costs.data, costs.setup.rank, targets, recompute=choice.recompute)
+    return ResolvedEstimate(
+        memory_bytes=needs.resident,
+        weight_bytes=needs.weights,
+        state_bytes=needs.state,
+        activation_bytes=needs.activations,
+        buffer_bytes=max(needs.work, needs.head),
+        flops=each * tokens * costs.hyper.epochs,
+    )
+
+
+# -- what a worker has ---------------------------------------------------------------------------------------------------
+
+
+def worker_memory(spec: FineTuneJobSpec) -> int:
+    """Bytes that the job gives a worker."""
+    resources = spec.workers.resources if spec.workers is not None else None
+    limits, requests = (resources.limits or {}, resources.requests or {}) if resources is not None else ({}, {})
+    return to_bytes(limits.get("memory", requests.get("memory", CPU_MEMORY)))
+
+
+def to_bytes(quantity: int | str) -> int:
+    """Kubernetes' 4Gi, 512M, 1e9; the schema has checked the form."""
+    match = re.match(r"^\+?([0-9.]+)(e[0-9]+|E[0-9]+)?([a-zA-Z]*)$", str(quantity))
+    if match is None or match[3] not in _UNITS:
+        raise ValueError(f"{quantity!r} is no quantity of memory")
+    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3]])
+
+
+def device_of(spec: FineTuneJobSpec) -> Device:
+    """Of a job's ranks, where a job on GPUs gets some."""
+    gpus = spec.workers.gpus_per_worker if spec.workers is not None else None
+    return "cpu" if gpus == 0 else "cuda"
+
+
+def taken(device: str) -> int:
+    """The most bytes that this process has taken so far: of its GPU, or resident."""
+    if device == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_reserved())
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -- where it was too much -----------------------------------------------------------------------------------------------
+
+
+def costs_of(prepared: Prepared, folder: Path, device: Device) -> Costs | None:
+    """Of a plan, from its model in `folder`. Documents are taken to fill their rows, as the lengths are not at hand."""
+    shape, summary, hyper = shape_of(folder), prepared.data.summary, prepared.hyperparameters
+    if shape is None:
+        return None
+    data = Data(learnt=min(1.0, summary.target_tokens / max(1, summary.tokens)), length=hyper.sequence_length)
+    return Costs.of(shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device)
+
+
+def rows(prepared: Prepared, folder: Path, room: int | None) -> Choice:
+    """`room`: bytes of the smallest GPU of the gang; None on a CPU, where prepare chose."""
+    costs = costs_of(prepared, folder, "cuda") if room is not None else None
+    if room is None or costs is None:
+        return Choice(prepared.bins_per_micro_batch)
+    choice = costs.choose(room)
+    return replace(choice, bins=min(choice.bins, prepared.bins_per_micro_batch))
+
+
+def remedy(plan: Plan, folder: Path, room: int | None) -> str:
+    """What to lower, to which value, after memory ran out. `room`: bytes of the GPU; None: a CPU worker has the job's."""
+    device: Device = "cpu" if room is None else "cuda"
+    costs, choice = costs_of(plan.prepared, folder, device), rows(plan.prepared, folder, room)
+    if costs is None:
+        return "lower spec.hyperparameters.sequenceLength, or give the workers more memory"
+    had = worker_memory(plan.request.spec) if room is None else room
+    more = math.ceil(1.25 * max(costs.memory(choice).resident, had) / GIB)
+    if device == "cuda":
+        instead = f"use GPUs with {more} GiB or more"
+    else:
+        instead = f"raise spec.workers.resources.limits.memory to {more}Gi"
+    return f"{_smaller(costs, choice, had)}, or {instead}"
+
+
+def _smaller(costs: Costs, choice: Choice, room: int) -> str:
+    """The setting that bounds what goes through the model at once. The estimate has just been wrong, so its answer counts
+    only where it is less than half of what was tried."""
+    length = costs.hyper.sequence_length
+    tried = min(choice.bins * length, max(costs.hyper.batch_tokens, length))
+    value = _rounded(min(costs.fit(room, recompute=choice.recompute), tried // 2))
+    if choice.bins > 1 and value >= length:
+        return f"lower spec.hyperparameters.batchTokens from {costs.hyper.batch_tokens} to {value}"
+    value = _rounded(min(value, length // 2))
+    return f"lower spec.hyperparameters.sequenceLength from {length} to {value}"
+
+
+def _rounded(tokens: int) -> int:
+    """Down to a number that people write."""
+    step = 256 if tokens >= 1024 else 64 if tokens >= 256 else _SHORTEST
+    return max(_SHORTEST, tokens // step * step)
