@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from tuneward_api import curves
 from tuneward_api.conditions import FailureClass, Phase
 from tuneward_api.failures import Failure
 from tuneward_api.files import FinishReport, Plan
@@ -65,6 +66,7 @@ def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice) -> None:
         kind = failure.failure_class
         spent[kind] += 1
         if spent[kind] > left[kind]:
+            show_losses(place, voice)
             raise CommandError(
                 f"{phase_line(name, Phase.FAILED)}: {failure.reason}: {failure.sentence}",
                 paste=f"tail -50 {place.run / 'workers' / 'worker-0.log'}",
@@ -111,6 +113,15 @@ def _again(options: Options) -> str:
     return f"tuneward train {options.file} --store {options.store}{claims}{workers}"
 
 
+def show_losses(place: Place, voice: Voice) -> None:
+    """The curve on a terminal, and where the same is for a browser."""
+    if voice.terminal:
+        for line in curves.picture(curves.read(place.run), unicode=voice.unicode):
+            voice.line(line)
+    if (place.run / "loss.svg").exists():
+        voice.line(f"  loss curve: {place.run / 'loss.svg'}")
+
+
 def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
     """Where the adapter is, what was measured, what to do next."""
     adapter = report.adapter
@@ -119,6 +130,7 @@ def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
     metrics = adapter.metrics
     path = place.store / adapter.sub_path / "adapter"
     voice.done(phase_line(name, Phase.SUCCEEDED, report.message))
+    show_losses(place, voice)
     voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
     voice.line(f"  adapter: {path}")
     voice.line(f"next: tuneward chat --store {place.store}")

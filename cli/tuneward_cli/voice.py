@@ -46,6 +46,7 @@ class Voice:
         self.json = output == "json"
         self.console = Console(stderr=self.json, highlight=False, soft_wrap=True)
         self.terminal = self.console.is_terminal
+        self.unicode = self.console.encoding.startswith("utf")
 
     def line(self, text: str = "") -> None:
         self.console.print(text, markup=False)

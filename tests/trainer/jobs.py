@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import resource
 import socket
 import sys
 import time
@@ -30,6 +31,8 @@ from tuneward_trainer.model import model_class
 
 VOCABULARY = 96
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+ENV_ROOM = "TEST_ROOM"
+"""Bytes that a rank may take beyond what it has when it starts."""
 DEADLINE = 120.0
 """Should not be reached; a test that waits for it has failed."""
 
@@ -199,9 +202,17 @@ def _rank(variables: dict[str, str], plan: Path, log: Path) -> None:
     torch.set_num_threads(1)
     from tuneward_trainer import train
 
+    if room := variables.get(ENV_ROOM):
+        resource.setrlimit(resource.RLIMIT_AS, (address_space() + int(room),) * 2)
+
     code = train.main(plan)
     sys.stderr.flush()
     os._exit(code)
+
+
+def address_space() -> int:
+    """Bytes that this process has mapped."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 class Gang:

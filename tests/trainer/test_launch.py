@@ -15,12 +15,26 @@ from urllib.request import urlopen
 
 import pytest
 import torch
-from tests.trainer.jobs import DEADLINE, Gang, Job, await_, free_port, make_job, step_lines, train, written
+from tests.trainer.jobs import (
+    DEADLINE,
+    ENV_ROOM,
+    Gang,
+    Job,
+    await_,
+    free_port,
+    make_job,
+    step_lines,
+    tiny_config,
+    train,
+    written,
+)
 
+from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.files import Result, Start
+from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import endings, launch, rundir
-from tuneward_trainer.data.documents import TRAINING
+from tuneward_trainer.data.documents import TRAINING, DocumentWriter
 from tuneward_trainer.progress import Reporter
 
 
@@ -161,11 +175,15 @@ def test_a_worker_that_only_lost_a_peer_takes_the_others_word(tmp_path: Path) ->
     assert conclude(job, tmp_path, launch.Outcome({0: 75})) == other
 
 
-def test_a_kill_for_memory_is_named(tmp_path: Path) -> None:
+def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path)
+    monkeypatch.setenv("TUNEWARD_MODEL_DIR", job.variables()["TUNEWARD_MODEL_DIR"])
     result = conclude(job, tmp_path, launch.Outcome({0: -9}), out_of_memory=True)
     assert (result.reason, result.exit_code) == (Reason.OUT_OF_MEMORY, 1)
-    assert "spec.workers.resources.limits.memory" in result.message
+    assert result.message == (
+        "a rank was killed for memory; lower spec.hyperparameters.sequenceLength from 48 to 16, "
+        "or raise spec.workers.resources.limits.memory to 5Gi"
+    )
 
 
 def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:
@@ -187,7 +205,7 @@ def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:
     ],
 )
 def test_every_error_has_its_reason_and_exit_code(error: Exception, reason: Reason, code: int) -> None:
-    ending = endings.classify(error)
+    ending = endings.classify(error, lambda: "lower it")
     assert (ending.reason, ending.exit_code) == (reason, code)
 
 
@@ -239,6 +257,29 @@ def test_a_loss_that_is_not_finite_names_step_and_sample(tmp_path: Path) -> None
     assert ending["reason"] == Reason.NUMERICAL_DIVERGENCE
     assert re.match(r"the loss is not finite at step \d+ \(sample pvc://claim/chats\.jsonl:1\)", str(ending["message"])), (
         ending["message"]
+    )
+
+
+def test_out_of_memory_names_what_to_lower_and_to_which_value(tmp_path: Path) -> None:
+    """The allocator refuses the logits of a thousand rows and sixty thousand words, which no patch cuts into pieces."""
+    folder = tmp_path / "data/tiny"
+    with DocumentWriter(folder / TRAINING, ["pvc://claim/long.jsonl"]) as writer:
+        for line in range(4):
+            writer.add([3 + line] * 1024, [0.0] + [1.0] * 1023, file=0, line=line + 1)
+    manifest.write_manifest(folder)
+    job = make_job(
+        tmp_path,
+        config=tiny_config(vocab_size=60_000, max_position_embeddings=1024),
+        hyper={"sequence_length": 1024, "batch_tokens": 4096},
+        packing=ResolvedPacking(mode="Packed", reason="", patches=["packed-attention"]),
+        bins=4,
+    )
+    job.environment[ENV_ROOM] = str(400 << 20)
+    codes, ending = ending_of(job)
+    assert (codes, ending["reason"]) == ([1], Reason.OUT_OF_MEMORY)
+    assert ending["message"].startswith(
+        "not enough memory; lower spec.hyperparameters.batchTokens from 4096 to 2048, "
+        "or raise spec.workers.resources.limits.memory to 5Gi: RuntimeError: "
     )
 
 

@@ -24,11 +24,11 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from tuneward_api import names
+from tuneward_api import curves, names
 from tuneward_api.conditions import Reason
 from tuneward_api.files import Plan, Result
 from tuneward_api.names import MAX_MESSAGE, ExitCode
-from tuneward_trainer import rundir
+from tuneward_trainer import memory, rundir
 from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, read_ranks, serve
 from tuneward_trainer.report import start_logging
 
@@ -80,6 +80,7 @@ def main(plan_path: Path) -> int:
         outcome = launch(plan_path, folder, shape_of(plan))
         result = conclude(plan, run, folder, outcome, out_of_memory=memory_kills() > before)
         keep_logs(run, folder, result.attempt)
+        draw_losses(run, plan)
     return report(result)
 
 
@@ -294,20 +295,18 @@ def conclude(plan: Plan, run: Path, folder: Path, outcome: Outcome, *, out_of_me
             return left
     killed = {rank: -code for rank, code in outcome.exit_codes.items() if code < 0}
     if killed or out_of_memory:
-        return _write(plan, run, folder, *_killed(killed, out_of_memory), replace=False)
+        return _write(plan, run, folder, *_killed(plan, killed, out_of_memory), replace=False)
     left = rundir.await_result(run, number, seconds=3) if number and not outcome.error and not outcome.stopped else None
     if left is not None:
         return left
     return _write(plan, run, folder, *_guess(outcome, failures), replace=False)
 
 
-def _killed(killed: dict[int, int], out_of_memory: bool) -> tuple[Reason, str, int]:
+def _killed(plan: Plan, killed: dict[int, int], out_of_memory: bool) -> tuple[Reason, str, int]:
     if out_of_memory:
-        sentence = (
-            "a rank was killed for memory; raise spec.workers.resources.limits.memory "
-            "or lower spec.hyperparameters.sequenceLength"
-        )
-        return Reason.OUT_OF_MEMORY, sentence, 1
+        # The worker's own memory; what a GPU lacks is an exception in the rank.
+        remedy = memory.remedy(plan, rundir.directory(names.ENV_MODEL_DIR), None)
+        return Reason.OUT_OF_MEMORY, f"a rank was killed for memory; {remedy}", 1
     rank, number = min(killed.items())
     return Reason.INFRASTRUCTURE, f"rank {rank} was killed by {signal.Signals(number).name}", ExitCode.TRY_AGAIN
 
@@ -370,6 +369,13 @@ def keep_logs(run: Path, folder: Path, number: int) -> None:
             lines = [line for file in sorted(place.glob("std*.log")) for line in _tail(file)]
             worker = os.environ.get("JOB_COMPLETION_INDEX", "0")
             (target / f"worker-{worker}-rank-{place.name}.log").write_text("".join(lines))
+
+
+def draw_losses(run: Path, plan: Plan) -> None:
+    """<run>/loss.svg, of all attempts so far; by the leader's worker, however the attempt ended."""
+    if os.environ.get("JOB_COMPLETION_INDEX", "0") == "0":
+        with contextlib.suppress(OSError):
+            curves.draw(run, f"{plan.request.job.name}: loss by step")
 
 
 def _tail(file: Path) -> list[str]:
