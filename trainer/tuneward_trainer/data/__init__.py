@@ -4,10 +4,15 @@ files.py      bytes -> lines of JSON, whatever the editor or shell did to them
 tables.py     the same for rows of Parquet, and Zstandard
 formats.py    a line -> a sample (messages, prompt and completion, or text), or errors with the path of the field
 messages.py   one message of a sample
+calls.py      calls of tools, as engines give them to a template
 render.py     a sample -> texts with trained spans, through the model's own chat template
+shapes.py     the same in one rendering, where the template only copies
 encode.py     texts -> ids and one loss weight a token
 samples.py    all of this for a batch of lines
 documents.py  the cache on disk that training reads
+overlap.py    samples that occur twice
+show.py       a sample's tokens, with what is learnt of them
+corrected.py  files without their bad samples
 problems.py   what is wrong, where, and what is allowed
 build.py      all of it over all files of a job, with every error of every file
 """

@@ -17,9 +17,9 @@ from jinja2 import TemplateError
 from tuneward_trainer.data.calls import dropped, marked, stands
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
 from tuneward_trainer.data.problems import SampleError, show
+from tuneward_trainer.data.shapes import Quick, Shapes, Span
 
 LossOn: TypeAlias = Literal["Assistant", "LastAssistant", "All"]
-Span: TypeAlias = tuple[int, int]
 
 _CARRIED: Final = ("reasoning_content", "reasoning", "thinking", "tool_calls")
 """Fields of a message whose text must reach the rendering. Ids of calls, and names of tools' answers, are links."""
@@ -47,11 +47,19 @@ Template: TypeAlias = Callable[[list[dict[str, Any]], list[dict[str, Any]] | Non
 
 
 class Renderer:
-    """`template(messages, tools, generation_prompt) -> text` is the model's; None: it has none."""
+    """`template(messages, tools, generation_prompt) -> text` is the model's; None: it has none. `quick(messages, prompt) ->
+    text` renders plain turns in less time, and `source` is the template's own text; both are for shapes.py."""
 
-    def __init__(self, template: Template | None, loss_on: LossOn) -> None:
+    def __init__(
+        self,
+        template: Template | None,
+        loss_on: LossOn,
+        quick: Quick | None = None,
+        source: str = "",
+    ) -> None:
         self._template = template
         self._loss_on = loss_on
+        self._shapes = Shapes(quick, self._prove, source) if template is not None and quick is not None else None
 
     def render(self, sample: Sample) -> list[Rendered]:
         """One or several texts. Raises SampleError."""
@@ -85,10 +93,28 @@ class Renderer:
             conversation.check_fields(len(chat.messages))
             return [conversation.everything()]
         learnt = self._learnt(chat)
+        if not apart and (quick := self._quick(chat, learnt)):
+            return [quick]
         conversation.check_fields(learnt[-1] + 1)
         if not apart and (whole := conversation.as_one(learnt)):
             return [whole]
         return [conversation.turn(index, cut=apart) for index in learnt]
+
+    def _quick(self, chat: Chat, learnt: list[int]) -> Rendered | None:
+        if self._shapes is None or chat.tools or learnt[0] == 0:
+            return None
+        found = self._shapes.find(chat.messages[: learnt[-1] + 1], learnt)
+        return Rendered(*found) if found else None
+
+    def _prove(self, messages: list[dict[str, Any]]) -> tuple[str, dict[int, Span]] | None:
+        """The text and the spans of all its assistant turns, where the template only appends."""
+        assert self._template is not None
+        turns = [index for index, message in enumerate(messages) if message["role"] == "assistant" and index]
+        try:
+            whole = _Conversation(Chat(messages, [1] * len(messages)), self._template).as_one(turns)
+        except SampleError:
+            return None
+        return (whole.text, dict(zip(turns, whole.spans, strict=True))) if whole else None
 
     def _learnt(self, chat: Chat) -> list[int]:
         """Turns with a loss."""

@@ -1,0 +1,178 @@
+"""Long conversations of plain turns, rendered once instead of once a turn.
+
+Whether a template only ever appends is seen by rendering every beginning of a conversation, which takes as many renderings
+as it has turns. But for turns of nothing but a role and a text it is a property of the roles, as long as the template only
+copies the texts. So it is seen once for a row of roles and all its beginnings, on texts that stand for any; and that the
+template copied a conversation's texts is seen from its one rendering, which must be the one foretold. A conversation that
+is longer than any proved row goes on as the row's last turns did, and its last prompt is rendered too. All else goes the
+long way.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, TypeAlias
+
+Messages: TypeAlias = Sequence[dict[str, Any]]
+Span: TypeAlias = tuple[int, int]
+Quick: TypeAlias = Callable[[Messages, bool], str | None]
+"""(messages, whether an answer is asked for) -> text, or None where the template refuses."""
+Roles: TypeAlias = tuple[str, ...]
+_PLAIN: Final = {"role", "content"}
+_KNOWN: Final = 4096
+"""Rows of roles that are remembered."""
+_ROW: Final = 32
+"""Turns of the longest row that is proved."""
+_TRIED: Final = 16
+"""Proofs that are paid in advance; each further one must have been of use to four conversations."""
+_TAG: Final = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_STRING: Final = re.compile(r"'([^'\n]*)'|\"([^\"\n]*)\"")
+_MARK: Final = re.compile(r"[<>\[\]{}|]")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a template puts around the texts of a row of roles: `around` has one more than there are texts. `learnt`: by
+    assistant turn, where it begins before its text and ends behind it. `foretold`: not all of it was proved."""
+
+    around: list[str]
+    learnt: dict[int, tuple[int, int]]
+    foretold: bool = False
+
+    @classmethod
+    def of(cls, texts: Sequence[str], whole: str, spans: dict[int, Span]) -> Shape | None:
+        """From a rendering of `texts` that stand in it once each, in order; None where they do not, or a span of a turn
+        does not hold its text."""
+        around, learnt, end = [], {}, 0
+        for index, text in enumerate(texts):
+            start = whole.find(text, end)
+            if start < 0 or whole.count(text) > 1:
+                return None
+            if index in spans:
+                before, after = start - spans[index][0], spans[index][1] - start - len(text)
+                if not (0 <= before <= start - end and after >= 0):
+                    return None
+                learnt[index] = (before, after)
+            around.append(whole[end:start])
+            end = start + len(text)
+        return cls([*around, whole[end:]], learnt)
+
+    def beginning(self, count: int) -> Shape:
+        """Of the first `count` turns, of which the last is the assistant's."""
+        _, after = self.learnt[count - 1]
+        learnt = {turn: span for turn, span in self.learnt.items() if turn < count}
+        return Shape([*self.around[:count], self.around[count][:after]], learnt, self.foretold)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the last two turns look as the two before them."""
+        around, last = self.around, len(self.around) - 2
+        same = last > 3 and around[last] == around[last - 2] and around[last - 1] == around[last - 3]
+        return same and self.learnt.get(last) == self.learnt.get(last - 2)
+
+    def continued(self, count: int) -> Shape:
+        """As if it went on in pairs, to `count` turns."""
+        around, learnt = self.around[:-1], dict(self.learnt)
+        for turn in range(len(around), count + 1):
+            around.append(around[turn - 2])
+            if turn - 2 in learnt:
+                learnt[turn] = learnt[turn - 2]
+        return Shape(around, learnt, foretold=True)
+
+    def rendered(self, texts: Sequence[str]) -> str:
+        """What the template makes of them if it does no more than copy."""
+        return "".join(part for pair in zip(self.around, [*texts, ""], strict=True) for part in pair)
+
+    def spans(self, texts: Sequence[str], turns: Sequence[int]) -> tuple[Span, ...]:
+        """Where the learnt `turns` stand in `rendered(texts)`."""
+        found, place, wanted = [], 0, set(turns)
+        for index, text in enumerate(texts):
+            place += len(self.around[index])
+            if index in wanted:
+                before, after = self.learnt[index]
+                found.append((place - before, place + len(text) + after))
+            place += len(text)
+        return tuple(found)
+
+
+class Shapes:
+    """Of one template. `render` is quick, and wrong where it disagrees with `prove`. `prove(messages)` gives the rendering
+    and the spans of its assistant turns, or None where the template does not only append. `source`: the template's own text.
+    """
+
+    def __init__(
+        self,
+        render: Quick,
+        prove: Callable[[list[dict[str, Any]]], tuple[str, dict[int, Span]] | None],
+        source: str,
+    ) -> None:
+        self._render = render
+        self._prove = prove
+        self._minded = minded(source)
+        self._known: dict[Roles, Shape | None] = {}
+        self._proved: dict[Roles, Shape] = {}
+        self._proofs = self._uses = 0
+
+    def find(self, messages: Messages, turns: Sequence[int]) -> tuple[str, tuple[Span, ...]] | None:
+        """The text of `messages`, of which the last is learnt, and the spans of the learnt `turns`; or None."""
+        texts = [message["content"] for message in messages]
+        if not all(message.keys() == _PLAIN and self._copied(message["content"]) for message in messages):
+            return None
+        shape = self._shape(tuple(message["role"] for message in messages))
+        if shape is None:
+            return None
+        whole = shape.rendered(texts)
+        spans = shape.spans(texts, turns)
+        if self._render(messages, False) != whole:
+            return None
+        if shape.foretold and self._render(messages[:-1], True) != whole[: spans[-1][0]]:
+            return None
+        self._uses += 1
+        return whole, spans
+
+    def _copied(self, text: str) -> bool:
+        """Whether nothing suggests that a template does more with the text than copy it: many trim, some read marks."""
+        return (
+            text != "" and text == text.strip() and not (_MARK.search(text) and any(mark in text for mark in self._minded))
+        )
+
+    def _shape(self, roles: Roles) -> Shape | None:
+        if roles not in self._known:
+            if self._proofs > _TRIED + self._uses // 4:
+                return None
+            if len(self._known) == _KNOWN:
+                self._known.clear()
+                self._proved.clear()
+            self._known[roles] = self._beginning(roles) or self._prove_more(roles)
+        return self._known[roles]
+
+    def _beginning(self, roles: Roles) -> Shape | None:
+        """Of a proved row, or of one that goes on."""
+        count = len(roles)
+        for row, shape in self._proved.items():
+            if row[:count] == roles:
+                return shape.beginning(count)
+            if roles[: len(row)] == row and shape.settled and all(roles[i] == roles[i - 2] for i in range(len(row), count)):
+                return shape.continued(count).beginning(count)
+        return None
+
+    def _prove_more(self, roles: Roles) -> Shape | None:
+        """A row goes on with its last two roles, so that others of the same kind need no proof of their own."""
+        pairs = max(0, _ROW - len(roles)) // 2
+        for row in dict.fromkeys(((roles + roles[-2:] * pairs)[:_ROW], roles[:_ROW])):
+            self._proofs += 1
+            texts = [f"Qx{index}zJ" for index in range(len(row))]
+            messages = [{"role": role, "content": text} for role, text in zip(row, texts, strict=True)]
+            found = self._prove(messages)
+            if found is not None and self._render(messages, False) == found[0] and (shape := Shape.of(texts, *found)):
+                self._proved[row] = shape
+                return self._beginning(roles)
+        return None
+
+
+def minded(source: str) -> list[str]:
+    """Strings in a template's code, such as </think>, that it may look for in a text."""
+    found = {one or other for tag in _TAG.findall(source) for one, other in _STRING.findall(tag)}
+    return sorted(text for text in found if len(text) > 1 and _MARK.search(text))
