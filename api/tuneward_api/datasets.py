@@ -9,9 +9,22 @@ from pydantic import Field
 from tuneward_api.base import Int, Model, Rule, Ruled
 from tuneward_api.uris import DataUri
 
-DataFormat = Literal["Messages", "PromptCompletion", "Conversations", "Instruction", "Text"]
+DataFormat = Literal["Messages", "PromptCompletion", "Conversations", "Instruction", "Text", "Preference", "PreferredOutput"]
 DataField = Literal[
-    "messages", "tools", "prompt", "completion", "conversations", "system", "instruction", "input", "output", "text"
+    "messages",
+    "tools",
+    "prompt",
+    "completion",
+    "conversations",
+    "system",
+    "instruction",
+    "input",
+    "output",
+    "text",
+    "chosen",
+    "rejected",
+    "preferred_output",
+    "non_preferred_output",
 ]
 FIELDS_RULE = Rule(
     cel="self.all(k, self.exists_one(j, self[j] == self[k]))",
@@ -33,8 +46,9 @@ class Dataset(Model):
     format: DataFormat | None = Field(
         None,
         description="Messages (messages), PromptCompletion (prompt, completion), Conversations (ShareGPT's "
-        "conversations of from and value), Instruction (Alpaca's instruction, input, output) or Text (text). "
-        "Default: told from the first sample.",
+        "conversations of from and value), Instruction (Alpaca's instruction, input, output), Text (text), or for "
+        "objective.type DPO Preference (prompt, chosen, rejected) or PreferredOutput (OpenAI's input, preferred_output, "
+        "non_preferred_output). Default: told from the first sample.",
     )
     fields: FieldMap | None = Field(
         None,
@@ -57,7 +71,8 @@ class Datasets(Model):
     on_too_long: Literal["Error", "Split", "Truncate", "Skip"] | None = Field(
         None,
         description="What happens to a sample longer than sequenceLength: Error (default) refuses the data, "
-        "Split (default of Pretraining) makes several of a Text sample, Truncate cuts its end, Skip leaves it out.",
+        "Split (default of Pretraining) makes several of a Text sample, Truncate cuts its end, Skip leaves it out. "
+        "Of a pair, each answer with its prompt counts.",
     )
     loss_on: Literal["Assistant", "LastAssistant", "All"] | None = Field(
         None,

@@ -155,6 +155,8 @@ class Progress(Record):
     train_loss: float | None = None
     validation_loss: float | None = None
     learning_rate: float | None = None
+    reward_margin: float | None = None
+    reward_accuracy: float | None = None
     tokens_per_second: float | None = None
     eta_seconds: Int | None = None
     memory_bytes: Int | None = None
@@ -167,7 +169,7 @@ class Progress(Record):
 
 
 class Metrics(Record):
-    """Losses are nats a token."""
+    """Losses are nats a token, of DPO nats a pair."""
 
     train_loss: float | None = None
     validation_loss_before: float | None = None

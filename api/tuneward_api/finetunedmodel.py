@@ -55,7 +55,7 @@ class Adapter(Model):
 
 
 class ModelMetrics(Model):
-    """What was measured. Losses are nats a token."""
+    """What was measured. Losses are nats a token, of DPO nats a pair."""
 
     train_loss: float | None = Field(None, description="Training loss of the last step.")
     validation_loss_before: float | None = Field(None, description="Validation loss of the base model.")

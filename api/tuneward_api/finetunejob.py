@@ -77,19 +77,23 @@ class Hyperparameters(Model):
         None,
         ge=1,
         le=1000,
-        description="Passes over the data. Default: 3 below 20,000 samples, 1 above 100,000, else 2; 1 for Pretraining.",
+        description="Passes over the data. Default: 3 below 20,000 samples, 1 above 100,000, else 2; "
+        "1 for Pretraining and DPO.",
     )
     steps: Int | None = Field(None, ge=1, le=10_000_000, description="Optimizer steps, instead of epochs.")
     learning_rate: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Peak learning rate of AdamW. Default: 4e-4 up to 4B parameters, 2e-4 above, 1e-4 from 65B.",
+        description="Peak learning rate of AdamW. Default: 4e-4 up to 4B parameters, 2e-4 above, 1e-4 from 65B; "
+        "5e-6 for DPO.",
     )
     scheduler: Literal["Cosine", "Linear", "Constant"] | None = Field(
         None, description="After warm-up: Cosine (default) or Linear down to a tenth, or Constant."
     )
-    warmup_fraction: float | None = Field(None, ge=0, lt=1, description="Share of the steps that warm up. Default: 0.05.")
+    warmup_fraction: float | None = Field(
+        None, ge=0, lt=1, description="Share of the steps that warm up. Default: 0.05; 0.1 for DPO."
+    )
     weight_decay: float | None = Field(
         None, ge=0, le=1, description="AdamW's weight decay. Default: 0; 0.1 for Pretraining."
     )
@@ -99,7 +103,8 @@ class Hyperparameters(Model):
         ge=16,
         le=1_048_576,
         description="Longest sample in tokens, and length of a packed row. "
-        "Default: the longest sample, at most 4,096 and what the model allows.",
+        "Default: the longest sample, at most 4,096 and what the model allows. "
+        "For DPO the longest answer with its prompt; a row has room for two.",
     )
     batch_tokens: Int | None = Field(
         None,
@@ -107,7 +112,7 @@ class Hyperparameters(Model):
         le=16_777_216,
         description="Tokens an optimizer step, over all workers: the same result on 1 or 8. "
         "Default: the power of two nearest (epochs x tokens)/200, between 4,096 and 131,072 (1,048,576 for Pretraining), "
-        "but no more than a fifth of all tokens.",
+        "for DPO the one nearest 32 pairs; but no more than a fifth of all tokens.",
     )
     seed: Int | None = Field(
         None, ge=0, le=4_294_967_295, description="Seed of order, initialisation and dropout. Default: 0."
@@ -187,12 +192,14 @@ class Checkpoint(Model):
 class Gate(Model):
     """What the result must reach to become a model. Needs validation samples."""
 
-    max_loss: float | None = Field(None, gt=0, le=100, description="Highest validation loss (nats a token) that passes.")
+    max_loss: float | None = Field(
+        None, gt=0, le=100, description="Highest validation loss (nats a token, for DPO a pair) that passes."
+    )
     min_improvement: float | None = Field(
         None,
         gt=0,
         le=1,
-        description="Least share by which the validation loss must fall below the base model's.",
+        description="Least share by which the validation loss must fall below that of the model the job starts from.",
     )
 
 
@@ -348,9 +355,13 @@ class ProgressStatus(Model):
     percent: Int = Field(ge=0, le=100, description="Share done.")
     summary: str = Field(max_length=64, description="step/steps, for the column.")
     epoch: float | None = Field(None, description="Passes over the data done.")
-    train_loss: float | None = Field(None, description="Training loss of the last step, nats a token.")
+    train_loss: float | None = Field(None, description="Training loss of the last step: nats a token, for DPO a pair.")
     loss: str | None = Field(None, max_length=16, description="trainLoss with three digits, for the column.")
-    validation_loss: float | None = Field(None, description="Last validation loss, nats a token.")
+    validation_loss: float | None = Field(None, description="Last validation loss: nats a token, for DPO a pair.")
+    reward_margin: float | None = Field(
+        None, description="DPO: beta times how much more the chosen answers gained than the rejected, last step."
+    )
+    reward_accuracy: float | None = Field(None, description="DPO: share of the pairs with a margin above 0, last step.")
     tokens_per_second: float | None = Field(None, description="Tokens a second over all workers.")
     eta_seconds: Int | None = Field(None, ge=0, description="Seconds to the last step.")
     memory_bytes: Int | None = Field(None, ge=0, description="What the first rank has taken of its memory so far, at most.")

@@ -38,6 +38,8 @@ class Seen:
     tokens_per_second: float | None = None
     eta_seconds: int | None = None
     memory_bytes: int | None = None
+    reward_accuracy: float | None = None
+    """Of a preference job: share of the last step's pairs that it gets right."""
 
     @classmethod
     def of(cls, progress: Mapping[str, Any] | None) -> Seen:
@@ -47,6 +49,7 @@ class Seen:
             step=int(found.get("step") or 0),
             steps=int(found.get("steps") or 0),
             loss=found.get("trainLoss"),
+            reward_accuracy=found.get("rewardAccuracy"),
             tokens_per_second=found.get("tokensPerSecond"),
             eta_seconds=found.get("etaSeconds"),
             memory_bytes=found.get("memoryBytes"),
@@ -58,6 +61,8 @@ def progress_line(seen: Seen) -> str:
     parts = [f"step {seen.step}/{seen.steps}" if seen.steps else "no step yet"]
     if seen.loss is not None:
         parts.append(f"loss {seen.loss:.3f}")
+    if seen.reward_accuracy is not None:
+        parts.append(f"{seen.reward_accuracy:.0%} of the pairs right")
     if seen.tokens_per_second:
         parts.append(f"{seen.tokens_per_second:,.0f} tokens/s")
     if seen.memory_bytes:

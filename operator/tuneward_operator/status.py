@@ -285,7 +285,7 @@ def _done(before: ProgressStatus | None, result: Result, now: datetime) -> Progr
         return before
     said = Progress(step=result.step, steps=result.steps, train_loss=result.metrics.train_loss)
     last = progress_status(said, now)
-    kept = ("epoch", "validation_loss", "tokens_per_second", "memory_bytes")
+    kept = ("epoch", "validation_loss", "reward_margin", "reward_accuracy", "tokens_per_second", "memory_bytes")
     return last if before is None else last.model_copy(update={name: getattr(before, name) for name in kept})
 
 
@@ -301,6 +301,8 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         train_loss=said.train_loss,
         loss=None if said.train_loss is None else f"{said.train_loss:.3f}"[:16],
         validation_loss=said.validation_loss,
+        reward_margin=said.reward_margin,
+        reward_accuracy=said.reward_accuracy,
         tokens_per_second=said.tokens_per_second,
         eta_seconds=said.eta_seconds,
         memory_bytes=said.memory_bytes,

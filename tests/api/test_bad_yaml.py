@@ -68,6 +68,7 @@ class Bad:
 
 
 REMOVE = object()
+PREFERENCE: dict[str, Any] = {"training": [{"uri": "pvc://data/pairs.jsonl", "format": "PreferredOutput"}]}
 PRETRAINING: dict[str, Any] = {"training": [{"uri": "pvc://data/text.jsonl", "format": "Text"}]}
 CASES = [
     Bad("no model", "spec.model", REMOVE, "spec.model", "required"),
@@ -91,6 +92,13 @@ CASES = [
         "https://a/b",
         "spec.datasets.training[1].uri",
         "must be configmap://",
+    ),
+    Bad(
+        "column of no pair",
+        "spec.datasets.training.0.fields",
+        {"a": "better"},
+        "spec.datasets.training[0].fields.a",
+        "'chosen'",
     ),
     Bad("dataset format", "spec.datasets.training.0.format", "chat", "spec.datasets.training[0].format", "'Messages'"),
     Bad("weight as text", "spec.datasets.training.0.weight", "2", "spec.datasets.training[0].weight", "whole number"),
@@ -129,6 +137,20 @@ CASES = [
     Bad("onTooLong", "spec.datasets.onTooLong", "Cut", "spec.datasets.onTooLong", "'Truncate'"),
     Bad("lossOn", "spec.datasets.lossOn", "User", "spec.datasets.lossOn", "'LastAssistant'"),
     Bad("objective", "spec.objective.type", "RLHF", "spec.objective.type", "'Pretraining'"),
+    Bad("beta zero", "spec.objective", {"type": "DPO", "dpo": {"beta": 0}}, "spec.objective.dpo.beta", "greater than 0"),
+    Bad("beta huge", "spec.objective", {"type": "DPO", "dpo": {"beta": 101}}, "spec.objective.dpo.beta", "at most 100"),
+    Bad("unknown of dpo", "spec.objective.dpo", {"gamma": 1}, "spec.objective.dpo.gamma", "allowed here: beta"),
+    Bad("dpo without its type", "spec.objective.dpo", {"beta": 0.1}, "spec.objective", "set type to DPO"),
+    Bad("dpo of SFT", "spec.objective", {"type": "SFT", "dpo": {}}, "spec.objective", "set type to DPO"),
+    Bad("chats to compare", "spec.objective.type", "DPO", "spec", "learns from pairs"),
+    Bad("pairs to imitate", "spec.datasets.training.0.format", "Preference", "spec", "set objective.type to DPO"),
+    Bad(
+        "lossOn to compare with",
+        "spec",
+        {"model": {"uri": "pvc://a/b"}, "objective": {"type": "DPO"}, "datasets": PREFERENCE | {"lossOn": "All"}},
+        "spec",
+        "leave datasets.lossOn out",
+    ),
     Bad("chats to pretrain on", "spec.objective.type", "Pretraining", "spec", "learns Text samples"),
     Bad(
         "lossOn to pretrain with",
@@ -209,6 +231,15 @@ CASES = [
     Bad("server key", "spec.apiKeySecretRef.name", "A", "spec.apiKeySecretRef.name", "must match", "ModelServer"),
     Bad("server name", "metadata.name", "1server", "", "begin with a letter", "ModelServer"),
 ]
+GOOD_PREFERENCE = """
+apiVersion: tuneward.dev/v1alpha1
+kind: FineTuneJob
+metadata: {name: brief}
+spec:
+  model: {uri: "pvc://models/imports/mistral"}
+  objective: {type: DPO, dpo: {beta: 0.2}}
+  datasets: {training: [{uri: "pvc://data/pairs.jsonl"}, {uri: "pvc://data/more.jsonl", format: PreferredOutput}]}
+"""
 GOOD = {"FineTuneJob": GOOD_JOB, "ModelServer": GOOD_SERVER}
 
 
@@ -264,7 +295,7 @@ def test_the_api_server_refuses_at_the_same_field(objects: client.CustomObjectsA
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER, GOOD_JOB.replace("weight: 2", "weight: null")])
+@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER, GOOD_PREFERENCE, GOOD_JOB.replace("weight: 2", "weight: null")])
 def test_both_doors_take_what_is_right(objects: client.CustomObjectsApi, text: str) -> None:
     document = load_documents(text)[0]
     _, problems = validate_document(document)

@@ -24,12 +24,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 from tuneward_api import manifest
 from tuneward_api.files import Base, Data, Images, JobRef, Plan, Prepared, Request, Result
 from tuneward_api.finetunejob import FineTuneJobSpec
+from tuneward_api.objective import SUPERVISED, ResolvedDPO, ResolvedObjective
 from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_trainer import patches, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, DocumentWriter
 from tuneward_trainer.model import model_class
 
 VOCABULARY = 96
+PREFERENCE = ResolvedObjective(type="DPO", dpo=ResolvedDPO(beta=0.1))
 TARGETS = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 ENV_ROOM = "TEST_ROOM"
 """Bytes that a rank may take beyond what it has when it starts."""
@@ -79,6 +81,20 @@ def make_data(folder: Path, *, training: int = 18, validation: int = 5) -> Path:
                 length = int(random.integers(8, 40))
                 weights = [0.0, *random.choice([0.0, 0.5, 1.0], length - 1).tolist()]
                 writer.add(random.integers(3, VOCABULARY, length).tolist(), weights, file=0, line=line + 1)
+    manifest.write_manifest(folder)
+    return folder
+
+
+def make_pairs(folder: Path, *, training: int = 9, validation: int = 3, copies: int = 2) -> Path:
+    """Random pairs whose answers end in the stop token; the first one `copies` times. With its manifest."""
+    random = np.random.default_rng(6)
+    for part, count in ((TRAINING, training), (VALIDATION, validation)):
+        with DocumentWriter(folder / part, ["pvc://claim/pairs.jsonl"]) as writer:
+            for line in range(count):
+                prompt = random.integers(3, VOCABULARY, int(random.integers(3, 12))).tolist()
+                answers = [[*random.integers(3, VOCABULARY, int(random.integers(2, 20))).tolist(), 2] for _ in range(2)]
+                pair = [(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)) for answer in answers]
+                writer.add_sample(pair, file=0, line=line + 1, copies=1 if line else copies)
     manifest.write_manifest(folder)
     return folder
 
@@ -138,12 +154,13 @@ def make_job(
     packing: ResolvedPacking | None = None,
     bins: int = 1,
     config: PreTrainedConfig | None = None,
+    objective: ResolvedObjective = SUPERVISED,
 ) -> Job:
-    """12 steps over 18 documents, a checkpoint every 3, all patches."""
+    """12 steps over 18 documents (of DPO: over 10 pairs), a checkpoint every 3, all patches."""
     if not (store / "models/tiny").exists():
         make_model(store / "models/tiny", config)
     if not (store / "data/tiny").exists():
-        make_data(store / "data/tiny")
+        (make_pairs if objective.type == "DPO" else make_data)(store / "data/tiny")
     whole: dict[str, Any] = {
         "model": {"uri": "pvc://claim/tiny"},
         "datasets": {"training": [{"uri": "pvc://claim/chats.jsonl"}]},
@@ -165,6 +182,7 @@ def make_job(
         data=Data(
             sub_path="data/tiny", summary=ResolvedData(digest="sha256:data", samples=18, tokens=1, target_tokens=1)
         ),
+        objective=objective,
         method=ResolvedMethod(**lora | (method or {})),
         hyperparameters=ResolvedHyperparameters(**numbers | (hyper or {})),
         packing=packing or ResolvedPacking(mode="Packed", reason="", patches=list(patches.ALL)),

@@ -58,7 +58,7 @@ def test_documents_know_where_they_came_from_and_copies_share_ids(tmp_path: Path
         ("pvc://data/c.jsonl", 2, "three<|im_end|>"),
     ]
     assert documents.span(0) == documents.span(1) != documents.span(2)
-    assert (documents.originals().tolist(), documents.samples().tolist()) == ([0, 2, 4, 6, 7], [0, 2, 4, 6, 7])
+    assert (documents.originals()[0].tolist(), documents.samples().tolist()) == ([0, 2, 4, 6, 7], [0, 2, 4, 6, 7])
     assert documents[0].weights.tolist() == [0, 1, 1]
     assert (
         summary

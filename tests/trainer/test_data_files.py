@@ -166,7 +166,8 @@ def user_then(**assistant: Any) -> dict[str, Any]:
     [
         (
             {"question": "a"},
-            ' has the fields ["question"]; allowed: messages; prompt and completion; conversations; instruction and output; text;',
+            ' has the fields ["question"]; allowed: chosen and rejected; input and preferred_output and non_preferred_output; '
+            "messages; prompt and completion; conversations; instruction and output; text;",
         ),
         ({"conversations": []}, "conversations is []; allowed: a list of at least one message"),
         ({"conversations": [3]}, "conversations[0] is 3; allowed: an object with from and value"),

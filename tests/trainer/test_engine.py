@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,7 @@ from tests.trainer.jobs import TARGETS, VOCABULARY, make_data, make_model
 
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import patches
-from tuneward_trainer.batch import Batch, collate
+from tuneward_trainer.batch import Batch, Sample, collate, total_weight
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.distributed import TreeSum, share, subtrees
 from tuneward_trainer.engine import Engine
@@ -204,10 +205,15 @@ class Seen:
     """A loss that is no cross entropy: the engine needs only that it is a function of log-probabilities."""
 
     logprobs: list[torch.Tensor] = field(default_factory=list)
+    figures: tuple[str, ...] = ("loss", "probability")
+
+    def total(self, samples: Iterable[Sample]) -> float:
+        return total_weight(samples)
 
     def __call__(self, logprobs: torch.Tensor, batch: Batch) -> torch.Tensor:
         self.logprobs.append(logprobs.detach())
-        return (logprobs.exp() * batch.weights).square().sum()
+        probabilities = logprobs.exp() * batch.weights
+        return torch.stack([probabilities.square().sum(), probabilities.sum()])
 
 
 def test_any_loss_of_logprobs_gets_its_exact_gradient(model_dir: Path) -> None:
@@ -217,7 +223,8 @@ def test_any_loss_of_logprobs_gets_its_exact_gradient(model_dir: Path) -> None:
     found = []
     for names in (patches.ALL, (patches.PACKED_ATTENTION,)):
         with patches.applied(engine.model, names) as forward:
-            engine.forward_backward(forward, batch, Seen())
+            output = engine.forward_backward(forward, batch, Seen())
+        assert output.figures.shape == (2,)
         found.append(engine.gradient.clone())
         engine.gradient.zero_()
     assert float((found[0] - found[1]).norm() / found[1].norm()) < 1e-4

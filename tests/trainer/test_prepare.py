@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.trainer.rooms import UNVERIFIED, Room, chats, write
 
@@ -99,6 +100,34 @@ def test_pretraining_splits_texts_and_has_its_own_defaults(room: Room, unverifie
     assert prepared["data"]["summary"]["split"] == 8
     numbers = prepared["hyperparameters"]
     assert (numbers["epochs"], numbers["weightDecay"], numbers["learningRate"]) == (1.0, 0.1, 4e-4)
+
+
+def test_preferences_have_their_own_defaults_and_steps_of_whole_pairs(room: Room, unverified: None) -> None:
+    """Twenty pairs: no step holds 32 of them, since there shall be five steps."""
+    write(
+        room.data,
+        [{"prompt": f"How heavy is {i}?", "chosen": f"It is {i} grams.", "rejected": "I will not say."} for i in range(20)],
+    )
+    room.request["spec"] |= {"objective": {"type": "DPO"}}
+    code, report = room.run()
+    assert code == 0, report
+    assert report["message"].startswith("20 pairs, ")
+    prepared = report["prepared"]
+    summary, numbers = prepared["data"]["summary"], prepared["hyperparameters"]
+    assert prepared["objective"] == {"type": "DPO", "dpo": {"beta": 0.1}}
+    assert summary["samples"] == 20
+    fifth = summary["tokens"] // 5
+    batch = 1 << (fifth.bit_length() - 1)
+    assert (numbers["batchTokens"], numbers["steps"]) == (batch, round(summary["tokens"] / batch))
+    assert (numbers["epochs"], numbers["learningRate"], numbers["warmupFraction"]) == (1.0, 5e-6, 0.1)
+    assert numbers["sequenceLength"] < 64
+    assert prepared["binsPerMicroBatch"] == batch // (2 * numbers["sequenceLength"])
+
+
+def test_a_step_of_many_pairs_holds_about_32() -> None:
+    sizes = np.full(10_000, 700, np.int32)
+    assert defaults._usual_batch(defaults._USUAL["DPO"], 1, sizes) == 16_384
+    assert defaults._usual_batch(defaults._USUAL["SFT"], 3, sizes) == 131_072
 
 
 def test_a_second_run_finds_everything_done(room: Room, unverified: None, monkeypatch: pytest.MonkeyPatch) -> None:

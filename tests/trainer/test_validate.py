@@ -303,3 +303,19 @@ def test_bars_have_a_width_by_their_share() -> None:
 
 def test_columns_are_aligned() -> None:
     assert list(aligned([("a", "", "1"), ("bb", "", "22")])) == ["a    1", "bb  22"]
+
+
+def test_pairs_are_looked_at_as_a_preference_job_would(
+    room: Room, validate: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(room.data, [{"prompt": f"How heavy is {i}?", "chosen": f"{i} grams.", "rejected": "No."} for i in range(3)])
+    code, found = validate(room.data)
+    assert (code, found["samples"], found["documents"], found["sources"][0]["format"]) == (0, 3, 6, "Preference")
+    assert found["job"]["learningRate"] == 5e-6
+    room.request["spec"]["objective"] = {"type": "DPO"}
+    assert main(["validate", "--request", str(room.write_request()), "--output", "json"]) == 0
+    of_job = json.loads(capsys.readouterr().out)
+    assert (of_job["tokens"], of_job["job"]) == (found["tokens"], found["job"])
+    del room.request["spec"]["objective"]
+    assert main(["validate", "--request", str(room.write_request())]) == 65
+    assert "is a pair of two answers (format Preference); allowed: samples with one answer" in capsys.readouterr().out

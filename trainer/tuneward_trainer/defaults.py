@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
-from tuneward_api.objective import ObjectiveType, ResolvedObjective, kind_of
+from tuneward_api.objective import DPO, ObjectiveType, ResolvedDPO, ResolvedObjective, kind_of
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import packing
 from tuneward_trainer.data.build import Summary
@@ -17,6 +17,7 @@ from tuneward_trainer.data.fit import OnTooLong
 from tuneward_trainer.data.samples import Limits
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.report import config_bad
+from tuneward_trainer.schedule import documents_a_unit, units
 
 SEQUENCE_LENGTH: Final = 4096
 SHORTEST_SEQUENCE: Final = 16
@@ -34,17 +35,29 @@ class _Usual:
     """None: by the number of samples."""
     weight_decay: float = 0.0
     largest_batch: int = 131_072
+    batch_units: int | None = None
+    """Samples (of DPO: pairs) that a step shall hold; None: so many that there are _STEPS_WANTED steps."""
     on_too_long: OnTooLong = "Error"
+    learning_rate: float | None = None
+    """None: by the number of parameters."""
+    warmup_fraction: float = 0.05
 
 
 _USUAL: Final[dict[ObjectiveType, _Usual]] = {
     "SFT": _Usual(),
     "Pretraining": _Usual(epochs=1, weight_decay=0.1, largest_batch=1 << 20, on_too_long="Split"),
+    # zephyr-7b-dpo-qlora's learning rate, epochs and warm-up.
+    "DPO": _Usual(epochs=1, batch_units=32, learning_rate=5e-6, warmup_fraction=0.1),
 }
+_BETA: Final = 0.1
 
 
 def objective(spec: FineTuneJobSpec) -> ResolvedObjective:
-    return ResolvedObjective(type=kind_of(spec))
+    kind = kind_of(spec)
+    if kind != "DPO":
+        return ResolvedObjective(type=kind)
+    asked = (spec.objective.dpo if spec.objective is not None else None) or DPO()
+    return ResolvedObjective(type=kind, dpo=ResolvedDPO(beta=asked.beta or _BETA))
 
 
 def limits(spec: FineTuneJobSpec, longest: int) -> Limits:
@@ -111,15 +124,17 @@ def hyperparameters(
     usual = _USUAL[objective.type]
     epochs = asked.epochs or usual.epochs or _epochs(summary.samples)
     length = asked.sequence_length or max(SHORTEST_SEQUENCE, min(longest, summary.longest))
-    batch = asked.batch_tokens or batch_tokens(epochs * summary.tokens, usual.largest_batch)
-    per_epoch = packing.steps_per_epoch(lengths, sequence_length=length, batch_tokens=batch)
+    unit = documents_a_unit(objective.type)
+    sizes = units(lengths, unit)
+    batch = asked.batch_tokens or _usual_batch(usual, epochs, sizes)
+    per_epoch = packing.steps_per_epoch(sizes, sequence_length=unit * length, batch_tokens=batch)
     steps = asked.steps or epochs * per_epoch
     return ResolvedHyperparameters(
         epochs=round(steps / per_epoch, 4),
         steps=steps,
-        learning_rate=asked.learning_rate or learning_rate(facts.parameters),
+        learning_rate=asked.learning_rate or learning_rate(facts.parameters, objective.type),
         scheduler=asked.scheduler or "Cosine",
-        warmup_fraction=0.05 if asked.warmup_fraction is None else asked.warmup_fraction,
+        warmup_fraction=usual.warmup_fraction if asked.warmup_fraction is None else asked.warmup_fraction,
         weight_decay=usual.weight_decay if asked.weight_decay is None else asked.weight_decay,
         max_grad_norm=asked.max_grad_norm or 1.0,
         sequence_length=length,
@@ -134,13 +149,24 @@ def _epochs(samples: int) -> int:
     return 2 if samples <= 100_000 else 1
 
 
+def _usual_batch(usual: _Usual, epochs: int, sizes: NDArray[np.int32]) -> int:
+    """`sizes`: tokens of each unit of an epoch."""
+    tokens = int(sizes.sum(dtype=np.int64))
+    if usual.batch_units is None:
+        return batch_tokens(epochs * tokens, usual.largest_batch)
+    return _at_least_five_steps(_power_of_two(usual.batch_units * tokens / len(sizes)), epochs * tokens)
+
+
 def batch_tokens(tokens: int, largest: int = 131_072) -> int:
-    """The power of two nearest tokens/200 in 4,096 … `largest`, but at most a fifth of all `tokens`, so that even a
-    handful of samples gets five steps."""
+    """The power of two nearest tokens/200 in 4,096 … `largest`, but so small that there are five steps."""
     nearest = _power_of_two(tokens / _STEPS_WANTED)
-    bounded = min(max(nearest, _LEAST_BATCH), largest)
+    return _at_least_five_steps(min(max(nearest, _LEAST_BATCH), largest), tokens)
+
+
+def _at_least_five_steps(batch: int, tokens: int) -> int:
+    """At most a fifth of all `tokens`, so that even a handful of samples is more than one step."""
     fifth = max(16, tokens // _LEAST_STEPS)
-    return min(bounded, 1 << (fifth.bit_length() - 1))
+    return min(batch, 1 << (fifth.bit_length() - 1))
 
 
 def _power_of_two(value: float) -> int:
@@ -149,7 +175,11 @@ def _power_of_two(value: float) -> int:
     return below if value - below < 2 * below - value else 2 * below
 
 
-def learning_rate(parameters: int) -> float:
+def learning_rate(parameters: int, objective: ObjectiveType) -> float:
+    """The default one."""
+    usual = _USUAL[objective].learning_rate
+    if usual is not None:
+        return usual
     if parameters <= 4 * _BILLION:
         return 4e-4
     return 2e-4 if parameters < 65 * _BILLION else 1e-4

@@ -29,10 +29,15 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Output:
-    """Of one micro-batch: its part of the step's loss, and [R] log-probabilities of the targets. On the device."""
+    """Of one micro-batch: its part of the step's loss and of the loss's other figures, [F], and [R] log-probabilities of
+    the targets. On the device."""
 
-    loss: Tensor
+    figures: Tensor
     logprobs: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        return self.figures[0]
 
 
 class Engine:
@@ -56,19 +61,18 @@ class Engine:
     def forward_backward(self, forward: Forward, batch: Batch, loss: Loss, *, seed: int | None = None) -> Output:
         """Adds the gradient of `loss` over `batch` to `gradient`. A batch without targets adds nothing."""
         if not len(batch.rows):
-            empty = self.gradient.new_zeros(())
-            return Output(empty, empty[None][:0])
+            return Output(self.gradient.new_zeros(len(loss.figures)), self.gradient.new_zeros(0))
         if seed is not None:
             set_dropout(self.model, on=True)
             torch.manual_seed(seed)
         try:
             logprobs = forward(batch)
-            value = loss(logprobs, batch)
-            torch.autograd.backward(value)
+            figures = loss(logprobs, batch)
+            torch.autograd.backward(figures[0])
         finally:
             if seed is not None:
                 set_dropout(self.model, on=False)
-        return Output(value.detach(), logprobs.detach())
+        return Output(figures.detach(), logprobs.detach())
 
     def optim_step(self, learning_rate: float, gradient: Tensor) -> Tensor:
         """One AdamW step along `gradient`, clipped to `max_grad_norm`. Returns the norm before that, on the device."""

@@ -19,6 +19,7 @@ from tuneward_api.names import ExitCode
 from tuneward_trainer import memory, rundir
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.report import ending, model_unsupported
+from tuneward_trainer.schedule import documents_a_unit
 
 EFFICIENCY: Final = 0.6
 """Share of a matrix product's speed that a training reaches on a CPU: the rest is attention, norms and copies."""
@@ -47,7 +48,13 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
     summary, hyper = prepared.data.summary, prepared.hyperparameters
     data = memory.statistics(Documents.open(data_dir / TRAINING).lengths, summary.target_tokens)
     found = memory.Costs.of(
-        shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device="cuda" if room else "cpu"
+        shape,
+        prepared.method,
+        hyper,
+        parameters=prepared.base.parameters,
+        data=data,
+        device="cuda" if room else "cpu",
+        unit=documents_a_unit(prepared.objective.type),
     )
     choice = found.choose(room) if room else memory.Choice(prepared.bins_per_micro_batch)
     needs, had = found.memory(choice), room or memory.worker_memory(plan.request.spec)

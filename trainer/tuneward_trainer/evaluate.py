@@ -1,53 +1,95 @@
-"""Loss on held-out documents: nats a target token, the same number on any number of ranks."""
+"""Figures on held-out documents, and documents' log-probabilities: the same numbers on any number of ranks.
+
+Rows are a function of the documents alone, one rank scores a row, and what a rank did not score it adds as zeros: so every
+sum over ranks is exact.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
+from torch import Tensor
 
-from tuneward_trainer.batch import collate
+from tuneward_trainer import losses
+from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.distributed import Gang
+from tuneward_trainer.losses import Loss
 from tuneward_trainer.patches import Forward
 
 ROUND: Final = 8
 """Rows that a rank scores between two looks at whether to stop."""
 
 
-def rows_of(documents: Documents, tokens: int) -> list[list[int]]:
-    """Documents in their own order, so many in a row as fit `tokens`."""
+def rows_of(lengths: Sequence[int], tokens: int, unit: int = 1) -> list[list[int]]:
+    """Documents in their own order, so many in a row as fit `tokens`; `unit` of them are never apart."""
     rows: list[list[int]] = []
     used = tokens
-    for index, length in enumerate(documents.lengths.tolist()):
+    for first in range(0, len(lengths), unit):
+        length = sum(lengths[first : first + unit])
         if used + length > tokens:
             rows.append([])
             used = 0
-        rows[-1].append(index)
+        rows[-1] += range(first, first + unit)
         used += length
     return rows
 
 
+def figures(
+    forward: Forward, documents: Documents, loss: Loss, gang: Gang, *, rows: list[list[int]], stopping: Callable[[], bool]
+) -> dict[str, float] | None:
+    """Means of the loss's figures over all documents, by name. None if there is nothing to score, or if `stopping()`
+    became true on any rank on the way."""
+
+    def score(row: list[int]) -> Tensor:
+        batch, logprobs = _scored(forward, documents, row, gang.device)
+        total = loss.total(documents[index] for index in row)
+        return torch.cat([loss(logprobs, batch), torch.tensor([total], dtype=torch.float64)])
+
+    found = _every_row(score, rows, len(loss.figures) + 1, gang, stopping)
+    if found is None:
+        return None
+    *sums, total = found.sum(0).tolist()
+    return {name: value / total for name, value in zip(loss.figures, sums, strict=True)} if total else None
+
+
+def logprobs(
+    forward: Forward, documents: Documents, indices: Sequence[int], gang: Gang, *, tokens: int, stopping: Callable[[], bool]
+) -> Tensor | None:
+    """float64 [len(indices)]: log-probability of each document's targets. None as for `figures`."""
+    lengths = [int(documents.lengths[index]) for index in indices]
+    places = rows_of(lengths, tokens)
+    width = max(map(len, places), default=0)
+
+    def score(row: list[int]) -> Tensor:
+        batch, found = _scored(forward, documents, [indices[place] for place in row], gang.device)
+        return torch.nn.functional.pad(losses.sums(found, batch), (0, width - len(row)))
+
+    found = _every_row(score, places, width, gang, stopping)
+    if found is None:
+        return None
+    return torch.cat([values[: len(row)] for values, row in zip(found, places, strict=True)]) if places else found.flatten()
+
+
 @torch.no_grad()
-def loss(forward: Forward, documents: Documents, gang: Gang, *, tokens: int, stopping: Callable[[], bool]) -> float | None:
-    """None if there is nothing to score, or if `stopping()` became true on any rank on the way."""
-    rows = rows_of(documents, tokens)
-    # [row, (sum of weighted -log p, sum of weights)]: one rank fills an entry, so the sum over ranks is exact.
-    sums = torch.zeros(len(rows), 2, dtype=torch.float64)
+def _every_row(
+    score: Callable[[list[int]], Tensor], rows: list[list[int]], width: int, gang: Gang, stopping: Callable[[], bool]
+) -> Tensor | None:
+    """float64 [rows, width], on every rank."""
+    found = torch.zeros(len(rows), width, dtype=torch.float64)
     for start in range(0, len(rows), ROUND * gang.world):
         for index in range(start + gang.rank, min(start + ROUND * gang.world, len(rows)), gang.world):
-            sums[index] = _score(forward, documents, rows[index], gang.device)
+            found[index] = score(rows[index])
         if gang.add(torch.tensor([float(stopping())]))[0]:
             return None
-    nll, weight = gang.add(sums).sum(0).tolist()
-    return nll / weight if weight else None
+    return gang.add(found)
 
 
-def _score(forward: Forward, documents: Documents, row: list[int], device: torch.device) -> torch.Tensor:
+def _scored(forward: Forward, documents: Documents, row: list[int], device: torch.device) -> tuple[Batch, Tensor]:
+    """The row's batch and log-probabilities [R], in float64 on the CPU."""
     batch = collate((index, documents[index]) for index in row)
-    if not len(batch.rows):
-        return torch.zeros(2, dtype=torch.float64)
-    logprobs = forward(batch.to(device)).double().cpu()
-    weights = batch.weights.double()
-    return torch.stack([-(logprobs * weights).sum(), weights.sum()])
+    scored = forward(batch.to(device)).double().cpu() if len(batch.rows) else torch.zeros(0, dtype=torch.float64)
+    return replace(batch, weights=batch.weights.double()), scored

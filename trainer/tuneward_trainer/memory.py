@@ -21,6 +21,7 @@ from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, Shape, flops
 from tuneward_api.files import Plan, Prepared
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.resolved import ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
+from tuneward_trainer.schedule import documents_a_unit
 
 TOKENS_AT_ONCE: Final[dict[Device, int]] = {"cpu": 1024, "cuda": 8192}
 """Tokens of a micro-batch where memory allows them: beyond, kernels get no faster."""
@@ -56,6 +57,13 @@ class Costs:
     data: Data
     setup: Setup
     hyper: ResolvedHyperparameters
+    unit: int = 1
+    """Longest documents that a row has room for (schedule.documents_a_unit)."""
+
+    @property
+    def row(self) -> int:
+        """Tokens."""
+        return self.unit * self.hyper.sequence_length
 
     @classmethod
     def of(
@@ -67,6 +75,7 @@ class Costs:
         parameters: int,
         data: Data,
         device: Device,
+        unit: int = 1,
     ) -> Costs:
         setup = Setup(
             tokens=0,
@@ -77,7 +86,7 @@ class Costs:
             device=device,
             parameters=parameters,
         )
-        return cls(shape=shape, data=data, setup=setup, hyper=hyper)
+        return cls(shape=shape, data=data, setup=setup, hyper=hyper, unit=unit)
 
     def fit(self, room: int, *, recompute: bool = False) -> int:
         """Tokens of a micro-batch that fit `room` bytes."""
@@ -85,16 +94,16 @@ class Costs:
 
     def memory(self, choice: Choice) -> Memory:
         """Of one rank that does all of a step's micro-batches."""
-        tokens = choice.bins * self.hyper.sequence_length
+        tokens = choice.bins * self.row
         count = max(1, self.hyper.batch_tokens // tokens)
         # Rows are nearly full, and no step has more tokens than a batch.
-        at_once = min(tokens, max(self.hyper.batch_tokens, self.hyper.sequence_length))
+        at_once = min(tokens, max(self.hyper.batch_tokens, self.row))
         setup = replace(self.setup, tokens=at_once, micro_batches=count, recompute=choice.recompute)
         return memory(self.shape, self.data, setup)
 
     def choose(self, room: int | None) -> Choice:
         """`room`: bytes; None where the device is not known yet: as many rows as are of any use."""
-        length = self.hyper.sequence_length
+        length = self.row
         wanted = min(TOKENS_AT_ONCE[self.setup.device], self.hyper.batch_tokens)
         if room is None:
             return Choice(max(1, wanted // length))
@@ -177,7 +186,10 @@ def costs_of(prepared: Prepared, folder: Path, device: Device) -> Costs | None:
     if shape is None:
         return None
     data = Data(learnt=min(1.0, summary.target_tokens / max(1, summary.tokens)), length=hyper.sequence_length)
-    return Costs.of(shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device)
+    unit = documents_a_unit(prepared.objective.type)
+    return Costs.of(
+        shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device, unit=unit
+    )
 
 
 def rows(prepared: Prepared, folder: Path, room: int | None) -> Choice:
@@ -207,13 +219,13 @@ def remedy(plan: Plan, folder: Path, room: int | None) -> str:
 def _smaller(costs: Costs, choice: Choice, room: int) -> str:
     """The setting that bounds what goes through the model at once. The estimate has just been wrong, so its answer counts
     only where it is less than half of what was tried."""
-    length = costs.hyper.sequence_length
+    length = costs.row
     tried = min(choice.bins * length, max(costs.hyper.batch_tokens, length))
     value = _rounded(min(costs.fit(room, recompute=choice.recompute), tried // 2))
     if choice.bins > 1 and value >= length:
         return f"lower spec.hyperparameters.batchTokens from {costs.hyper.batch_tokens} to {value}"
-    value = _rounded(min(value, length // 2))
-    return f"lower spec.hyperparameters.sequenceLength from {length} to {value}"
+    value = _rounded(min(value, length // 2) // costs.unit)
+    return f"lower spec.hyperparameters.sequenceLength from {costs.hyper.sequence_length} to {value}"
 
 
 def _rounded(tokens: int) -> int:

@@ -5,7 +5,8 @@ again. So this file uses integer arithmetic of its own (splitmix64) instead of a
 change with its version.
 
 Words: a *bin* is a list of documents that share one packed row (at most `sequence_length` tokens); a *step* is a list
-of bins (about `batch_tokens` tokens). All lists hold indices into `lengths`.
+of bins (about `batch_tokens` tokens). All lists hold indices into `lengths`. Where documents must stay together, as the two
+of a pair, each entry of `lengths` stands for all of them (schedule.units).
 """
 
 from __future__ import annotations

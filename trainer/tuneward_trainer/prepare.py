@@ -32,6 +32,7 @@ from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.samples import Limits, Source
 from tuneward_trainer.facts import Facts, chat_template_digest, examine, load_tokenizer, stop_ids
 from tuneward_trainer.report import EndError, config_bad, emit, ending, input_missing, model_unsupported, start_logging
+from tuneward_trainer.schedule import documents_a_unit
 from tuneward_trainer.store import Places, alone, make_directory
 
 log = logging.getLogger(__name__)
@@ -110,7 +111,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         hyper, lengths=lengths, summary=summary, facts=facts, longest=longest, objective=objective
     )
     data = memory.statistics(lengths, summary.target_tokens)
-    costs = costs_of(spec, found.folder, method, numbers, facts, data)
+    costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
     choice = costs.choose(memory.worker_memory(spec) if costs.setup.device == "cpu" else None) if costs else memory.Choice(1)
     return Prepared(
         base=base_of(found, facts, tokenizer),
@@ -132,13 +133,14 @@ def costs_of(
     hyper: ResolvedHyperparameters,
     facts: Facts,
     data: Statistics,
+    unit: int = 1,
 ) -> memory.Costs | None:
     """None for a model whose config.json does not say what memory and time depend on."""
     shape = memory.shape_of(folder)
     if shape is None:
         return None
     device = memory.device_of(spec)
-    return memory.Costs.of(shape, method, hyper, parameters=facts.parameters, data=data, device=device)
+    return memory.Costs.of(shape, method, hyper, parameters=facts.parameters, data=data, device=device, unit=unit)
 
 
 def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:
@@ -300,9 +302,10 @@ def sentence(prepared: Prepared) -> str:
         "too long and left out": data.skipped,
         "invalid and left out": data.invalid,
     }
+    noun = "pairs" if prepared.objective.type == "DPO" else "samples"
     left = "".join(f"{count} {fate}; " for fate, count in fates.items() if count)
     return (
-        f"{data.samples} samples, {data.tokens} tokens ({data.target_tokens} learnt); {left}"
+        f"{data.samples} {noun}, {data.tokens} tokens ({data.target_tokens} learnt); {left}"
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
         f"{method.type} of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
     )

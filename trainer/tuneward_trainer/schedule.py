@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneward_api.objective import ObjectiveType
 from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer import packing
 
@@ -21,19 +22,39 @@ FLOOR: Final = 0.1
 """Share of the peak learning rate that Cosine and Linear end at."""
 
 
+def documents_a_unit(objective: ObjectiveType) -> int:
+    """Documents that are never apart: the two of a pair, which lie side by side in the data."""
+    return 2 if objective == "DPO" else 1
+
+
+def units(lengths: NDArray[np.int32], documents: int) -> NDArray[np.int32]:
+    """Tokens of each unit: int32 [documents of the data / `documents` of a unit]."""
+    found: NDArray[np.int32] = lengths.reshape(-1, documents).sum(1, dtype=np.int32)
+    return found
+
+
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """`lengths` int32 [documents]; a micro-batch holds the documents of `bins_per_micro_batch` bins."""
+    """`lengths` int32 [documents]; a micro-batch holds the documents of `bins_per_micro_batch` bins, and a bin has room
+    for `unit` documents of the greatest length."""
 
     lengths: NDArray[np.int32]
     hyper: ResolvedHyperparameters
     bins_per_micro_batch: int = 1
+    unit: int = 1
+
+    @functools.cached_property
+    def _units(self) -> NDArray[np.int32]:
+        return units(self.lengths, self.unit)
+
+    @property
+    def row_tokens(self) -> int:
+        """Tokens of a bin at most."""
+        return self.hyper.sequence_length * self.unit
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        return packing.steps_per_epoch(
-            self.lengths, sequence_length=self.hyper.sequence_length, batch_tokens=self.hyper.batch_tokens
-        )
+        return packing.steps_per_epoch(self._units, sequence_length=self.row_tokens, batch_tokens=self.hyper.batch_tokens)
 
     def epoch(self, step: int) -> float:
         """Passes over the data when `step` steps are done."""
@@ -46,7 +67,9 @@ class Schedule:
         bins = self._epoch(epoch)[place]
         size = self.bins_per_micro_batch
         groups = [bins[start : start + size] for start in range(0, len(bins), size)]
-        return [[document for packed in group for document in packed] for group in groups]
+        return [
+            [self.unit * index + part for row in group for index in row for part in range(self.unit)] for group in groups
+        ]
 
     def learning_rate(self, step: int) -> float:
         """Of step `step` (from 0) of `hyper.steps`."""
@@ -62,8 +85,8 @@ class Schedule:
     # One epoch is all that is ever needed at a time; 2 so that an epoch's end does not compute it twice.
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a schedule lives as long as its process
     def _epoch(self, epoch: int) -> list[list[list[int]]]:
-        packed = packing.bins(self.lengths, seed=self.hyper.seed, epoch=epoch, sequence_length=self.hyper.sequence_length)
-        return packing.steps(packed, self.lengths, count=self.steps_per_epoch)
+        packed = packing.bins(self._units, seed=self.hyper.seed, epoch=epoch, sequence_length=self.row_tokens)
+        return packing.steps(packed, self._units, count=self.steps_per_epoch)
 
 
 def shape(step: int, steps: int, *, warmup: int, kind: str) -> float:

@@ -1,6 +1,6 @@
 """What a rank trains with, made of the plan, and the result that is left of it.
 
-`begin` loads model and data, takes the attempt's number and goes on from the newest checkpoint; `conclude` writes the
+`begin` loads model and data, takes the attempt's number and finds the newest checkpoint; `conclude` writes the
 adapter with its proof and result.json. Between them lies `train.py`.
 """
 
@@ -21,14 +21,16 @@ from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
+from tuneward_api.objective import ObjectiveType
 from tuneward_trainer import checkpoint, endings, memory, proof, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
+from tuneward_trainer.losses import Loss, cross_entropy
 from tuneward_trainer.model import add_adapters, load_base
 from tuneward_trainer.progress import Reporter
-from tuneward_trainer.schedule import Schedule
+from tuneward_trainer.schedule import Schedule, documents_a_unit
 
 DEFAULT_KEEP: Final = 2
 
@@ -64,13 +66,16 @@ class Session:
     choice: memory.Choice
     reporter: Reporter
     attempt: int
-    from_step: int
-    resume: str
+    found: checkpoint.Checkpoint | None
+    """To go on from, once the model that the job starts from is measured."""
     saver: checkpoint.Saver | None
     """The leader's alone."""
     log: rundir.MetricsLog | None
     """The leader's alone."""
     watch: LossWatch
+    loss: Loss = cross_entropy
+    held_out_loss: Loss = cross_entropy
+    """The same for the validation documents."""
     before: float | None = None
     after: float | None = None
     train_loss: float | None = None
@@ -82,13 +87,21 @@ class Session:
     fenced_at: float = 0.0
 
     @property
+    def from_step(self) -> int:
+        return self.found.step if self.found is not None else 0
+
+    @property
+    def resume(self) -> str:
+        return self.found.resume if self.found is not None else "exact"
+
+    @property
     def row_limit(self) -> int:
         """Longest document of any row; constant, so that kernels compiled for it are compiled once."""
         return self.plan.prepared.hyperparameters.sequence_length
 
 
 def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
-    """Loads everything, takes the attempt's number, goes on from the newest checkpoint."""
+    """Loads everything, takes the attempt's number, finds the newest checkpoint. The engine has the state of step 0."""
     prepared = plan.prepared
     run = rundir.directory(names.ENV_RUN_DIR)
     model_dir, data_dir = inputs()
@@ -105,8 +118,6 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device, choice)
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
-    if found is not None:
-        engine.load(found.state, found.step)
     asked = plan.request.spec.checkpoint
     saver = None
     if gang.leads:
@@ -118,8 +129,9 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
             facts={"identity": wanted, "circumstances": here, "notes": notes},
         )
         saver.last = saved
+    step = found.step if found is not None else 0
     resume = found.resume if found is not None else "exact"
-    reporter.update(attempt=attempt, from_step=engine.step, resume=resume, step=engine.step, checkpoint=saved)
+    reporter.update(attempt=attempt, from_step=step, resume=resume, step=step, checkpoint=saved)
     return Session(
         plan=plan,
         run=run,
@@ -128,16 +140,17 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         engine=engine,
         training=training,
         validation=validation,
-        schedule=Schedule(training.lengths, prepared.hyperparameters, choice.bins),
+        schedule=Schedule(
+            training.lengths, prepared.hyperparameters, choice.bins, documents_a_unit(prepared.objective.type)
+        ),
         choice=choice,
         reporter=reporter,
         attempt=attempt,
-        from_step=engine.step,
-        resume=resume,
+        found=found,
         saver=saver,
         log=rundir.MetricsLog(run, attempt) if gang.leads else None,
-        watch=LossWatch(uniform_loss(base), sound=found.losses if found is not None else []),
-        saved_step=engine.step,
+        watch=LossWatch(uniform_loss(base, prepared.objective.type), sound=found.losses if found is not None else []),
+        saved_step=step,
         before=found.notes.get("validation_loss_before") if found is not None else None,
     )
 
@@ -157,9 +170,9 @@ def device_memory(device: torch.device) -> int | None:
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-def uniform_loss(base: PreTrainedModel) -> float:
-    """Of a guess that knows nothing, in nats."""
-    return math.log(base.config.get_text_config().vocab_size)
+def uniform_loss(base: PreTrainedModel, objective: ObjectiveType) -> float:
+    """Of a guess that knows nothing, in nats: of the next token, or of which of two answers is the better one."""
+    return math.log(2 if objective == "DPO" else base.config.get_text_config().vocab_size)
 
 
 def inputs() -> tuple[Path, Path]:

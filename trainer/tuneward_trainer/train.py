@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,10 +23,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuneward_api import names
 from tuneward_api.files import Plan, canonical_json
-from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, memory, patches, rundir
-from tuneward_trainer.batch import collate, total_weight
+from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, memory, patches, reference, rundir
+from tuneward_trainer.batch import collate
+from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
-from tuneward_trainer.losses import cross_entropy
+from tuneward_trainer.losses import Preference
 from tuneward_trainer.patches import Forward
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
 from tuneward_trainer.session import Session, Stop, begin, conclude, device_memory
@@ -48,7 +50,7 @@ def train(session: Session) -> None:
     clock = Clock(hyper.steps)
     chosen, recompute = session.plan.prepared.packing.patches, session.choice.recompute
     with patches.applied(session.engine.model, chosen, recompute=recompute) as forward:
-        measure_base(session, forward)
+        start(session, forward)
         session.reporter.update(phase="Training", step=session.engine.step)
         clock.reset()
         session.saved_at = time.monotonic()
@@ -67,26 +69,27 @@ def train(session: Session) -> None:
 
 def one_step(session: Session, forward: Forward) -> dict[str, Any]:
     """One optimizer step. Raises DivergedError or FencedError on all ranks at once."""
-    engine, gang, step = session.engine, session.gang, session.engine.step
+    engine, gang, loss, step = session.engine, session.gang, session.loss, session.engine.step
     groups = session.schedule.micro_batches(step)
-    weight = total_weight(session.training[index] for group in groups for index in group) or 1.0
+    total = loss.total(session.training[index] for group in groups for index in group) or 1.0
     tree = TreeSum(len(groups))
     outputs = []
     for place in share(len(groups), gang.rank, gang.world):
         batch = collate(((index, session.training[index]) for index in groups[place]), longest=session.row_limit)
         seed = session.schedule.seed(step, place) if session.plan.prepared.method.dropout else None
-        output = engine.forward_backward(forward, batch.to(gang.device).scaled(1 / weight), cross_entropy, seed=seed)
-        tree.add((place, place + 1), torch.cat([engine.gradient, output.loss[None].float()]))
+        output = engine.forward_backward(forward, batch.to(gang.device).scaled(1 / total), loss, seed=seed)
+        tree.add((place, place + 1), torch.cat([engine.gradient, output.figures.float()]))
         engine.gradient.zero_()
         outputs.append((output, batch))
-    size = len(engine.gradient) + 1
-    total, flags = gang.sum_tree(tree, len(groups), flags_of(session, outputs), size=size)
+    size = len(engine.gradient) + len(loss.figures)
+    summed, flags = gang.sum_tree(tree, len(groups), flags_of(session, outputs), size=size)
     heed(session, flags, step)
     learning_rate = session.schedule.learning_rate(step)
-    norm = float(engine.optim_step(learning_rate, total[:-1]))
-    judge(session, step, loss=float(total[-1]), norm=norm)
+    norm = float(engine.optim_step(learning_rate, summed[: len(engine.gradient)]))
+    figures = dict(zip(("train_loss", *loss.figures[1:]), summed[len(engine.gradient) :].tolist(), strict=True))
+    judge(session, step, loss=figures["train_loss"], norm=norm)
     tokens = sum(int(session.training.lengths[index]) for group in groups for index in group)
-    return {"train_loss": float(total[-1]), "learning_rate": learning_rate, "grad_norm": norm, "tokens": tokens}
+    return {**figures, "learning_rate": learning_rate, "grad_norm": norm, "tokens": tokens}
 
 
 # -- what rides on the reduced vector ----------------------------------------------------------------------------------
@@ -162,10 +165,55 @@ def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: 
     if remedy is None and not state:
         remedy = f"{look}name another spec.model.uri: the base model itself gives it, nothing was learnt yet"
     if remedy is None:
-        usual = defaults.learning_rate(prepared.base.parameters)
+        usual = defaults.learning_rate(prepared.base.parameters, prepared.objective.type)
         remedy = look + divergence.advice(prepared.hyperparameters.learning_rate, usual)
     named = f"; samples of step {learnt + 1}: {divergence.listing(samples)}" if learnt is not None else ""
     return endings.DivergedError(f"{what}; {remedy}{named}")
+
+
+# -- before the first step ---------------------------------------------------------------------------------------------
+
+
+def start(session: Session, forward: Forward) -> None:
+    """Measures the model that the job starts from, whose state the engine has, and then goes on to the checkpoint's."""
+    prepare_losses(session, forward)
+    if session.before is None and not session.stopped:
+        measure(session, forward)
+        session.before, session.after = session.after, None
+    if session.before is not None and session.saver is not None:
+        checkpoint.write_notes(session.saver, validation_loss_before=session.before)
+    if session.found is not None:
+        session.engine.load(session.found.state, session.found.step)
+        session.found = replace(session.found, state={})
+
+
+def prepare_losses(session: Session, forward: Forward) -> None:
+    """A preference is one against the model that the job starts from; a job that is told to stop meanwhile makes no step."""
+    asked = session.plan.prepared.objective.dpo
+    if asked is None:
+        return
+    session.reporter.update(phase="Evaluating")
+    session.loss = Preference(asked.beta, _reference(session, forward, session.training, TRAINING))
+    if session.validation is not None:
+        session.held_out_loss = Preference(asked.beta, _reference(session, forward, session.validation, VALIDATION))
+
+
+def _reference(session: Session, forward: Forward, documents: Documents, part: str) -> torch.Tensor:
+    found = reference.measure(
+        forward,
+        documents,
+        part,
+        reference.Place(
+            run=session.run,
+            attempt=session.attempt,
+            identity=checkpoint.identity(session.plan, session.engine.shapes),
+        ),
+        session.gang,
+        row_tokens=_row_tokens(session),
+        stopping=lambda: session.stop.asked,
+    )
+    session.stopped = session.stopped or found is None
+    return found if found is not None else torch.zeros(len(documents), dtype=torch.float64)
 
 
 # -- what is due after a step ------------------------------------------------------------------------------------------
@@ -175,7 +223,7 @@ def tell(session: Session, facts: dict[str, Any], timing: dict[str, Any]) -> Non
     """Progress, metrics.jsonl and a line for people."""
     step, steps = session.engine.step, session.plan.prepared.hyperparameters.steps
     session.train_loss = facts["train_loss"]
-    shown = {name: facts[name] for name in ("train_loss", "learning_rate")}
+    shown = {name: value for name, value in facts.items() if name not in ("grad_norm", "tokens")}
     shown |= {name: timing[name] for name in ("tokens_per_second", "eta_seconds")}
     saved = session.saver.last if session.saver is not None else None
     shown |= {"memory_bytes": memory.taken(session.gang.device.type), "epoch": session.schedule.epoch(step)}
@@ -194,10 +242,11 @@ def _say(step: int, steps: int, facts: dict[str, Any], timing: dict[str, Any]) -
         return
     _last_line = time.monotonic()
     logger.info(
-        "step %d/%d  loss %.4f  %.0f tokens/s  %d s left",
+        "step %d/%d  loss %.4f  %s%.0f tokens/s  %d s left",
         step,
         steps,
         facts["train_loss"],
+        f"{facts['reward_accuracy']:.0%} of the pairs right  " if "reward_accuracy" in facts else "",
         timing["tokens_per_second"],
         timing["eta_seconds"],
     )
@@ -212,39 +261,39 @@ def evaluation_due(session: Session) -> bool:
     return bool(every) and step % (every or 1) == 0 and step < last and not session.stopped
 
 
-def measure_base(session: Session, forward: Forward) -> None:
-    """The validation loss of the base model; a resumed attempt finds it in the checkpoint."""
-    if session.before is not None:
-        return
-    with session.engine.model.disable_adapter():
-        session.before = _loss(session, forward)
-    if session.before is not None and session.saver is not None:
-        checkpoint.write_notes(session.saver, validation_loss_before=session.before)
-    session.reporter.update(validation_loss=session.before)
-    if session.log is not None and session.before is not None:
-        session.log.write(step=0, validation_loss=session.before)
-        logger.info("validation loss of the base model: %.4f", session.before)
-
-
 def measure(session: Session, forward: Forward) -> None:
-    found = _loss(session, forward)
-    session.after = found if found is not None else session.after
+    """The validation loss, and what belongs to it, after the step that the engine is at."""
+    found = _figures(session, forward)
+    session.after = found["loss"] if found is not None else session.after
     session.reporter.update(validation_loss=session.after)
     if session.log is not None and found is not None:
-        session.log.write(step=session.engine.step, validation_loss=found)
-        logger.info("validation loss at step %d: %.4f", session.engine.step, found)
+        session.log.write(step=session.engine.step, **{f"validation_{name}": value for name, value in found.items()})
+        said = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if name != "loss")
+        logger.info("validation loss at step %d: %.4f%s", session.engine.step, found["loss"], said)
 
 
-def _loss(session: Session, forward: Forward) -> float | None:
-    if session.validation is None or not len(session.validation):
+def _figures(session: Session, forward: Forward) -> dict[str, float] | None:
+    validation, unit = session.validation, session.schedule.unit
+    if validation is None or not len(validation):
         return None
     session.reporter.update(phase="Evaluating")
-    tokens = max(session.row_limit, 1024)
-    found = evaluate.loss(forward, session.validation, session.gang, tokens=tokens, stopping=lambda: session.stop.asked)
+    found = evaluate.figures(
+        forward,
+        validation,
+        session.held_out_loss,
+        session.gang,
+        rows=evaluate.rows_of(validation.lengths.tolist(), _row_tokens(session), unit),
+        stopping=lambda: session.stop.asked,
+    )
     step = session.engine.step
-    if found is not None and found - found != 0:
+    if found is not None and found["loss"] - found["loss"] != 0:
         raise give_up(session, f"the validation loss is not finite after step {step}", state=step)
     return found
+
+
+def _row_tokens(session: Session) -> int:
+    """Tokens of a row that is only looked at: nothing of it is kept for a backward pass."""
+    return max(session.schedule.row_tokens, 1024)
 
 
 def checkpoint_due(session: Session) -> bool:

@@ -17,7 +17,7 @@ from pathlib import Path
 from tuneward_api.files import Request
 from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import ExitCode
-from tuneward_api.objective import SUPERVISED, ResolvedObjective
+from tuneward_api.objective import PAIRS, SUPERVISED, ResolvedObjective
 from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer import defaults, models
 from tuneward_trainer.data import corrected, show
@@ -110,21 +110,24 @@ def _run(arguments: argparse.Namespace) -> Findings:
 
 
 def _of_files(arguments: argparse.Namespace) -> Wanted:
-    """Files without a job: supervised, with every default. Raises EndError."""
+    """Files without a job: supervised or, where they hold pairs, DPO, with every default. Raises EndError."""
     for path in (arguments.model, *arguments.files, *arguments.validation):
         if not path.exists():
             raise input_missing(f"{path} does not exist")
     facts = examine(arguments.model)
     hyper = Hyperparameters(sequence_length=arguments.sequence_length)
+    training = [Source(str(file), file) for file in arguments.files]
+    in_pairs = any(source.detected() in PAIRS for source in training)
+    objective = ResolvedObjective(type="DPO") if in_pairs else SUPERVISED
     return Wanted(
         model=arguments.model,
         facts=facts,
-        training=[Source(str(file), file) for file in arguments.files],
+        training=training,
         validation=[Source(str(file), file) for file in arguments.validation],
         loss_on=arguments.loss_on,
-        limits=Limits(defaults.longest_sample(hyper, facts)),
+        limits=Limits(defaults.longest_sample(hyper, facts), objective=objective.type),
         hyper=hyper,
-        objective=SUPERVISED,
+        objective=objective,
     )
 
 

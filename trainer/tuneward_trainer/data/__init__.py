@@ -5,6 +5,7 @@ tables.py     the same for rows of Parquet, and Zstandard
 formats.py    a line -> a sample (messages, prompt and completion, or text), or errors with the path of the field
 messages.py   one message of a sample
 calls.py      calls of tools, as engines give them to a template
+pairs.py      two answers to one prompt: a sample of two sides
 render.py     a sample -> texts with trained spans, through the model's own chat template
 shapes.py     the same in one rendering, where the template only copies
 encode.py     texts -> ids and one loss weight a token

@@ -185,10 +185,8 @@ class _Reader:
         for index, (uri, path) in enumerate(source.files(), first):
             for done in self._work(uri, path, source, counts):
                 for line, documents, digest in done.good:
-                    for document in documents:
-                        writer.add(
-                            document.ids, document.weights, file=index, line=line, copies=source.copies, digest=digest
-                        )
+                    parts = [(document.ids, document.weights) for document in documents]
+                    writer.add_sample(parts, file=index, line=line, copies=source.copies, digest=digest)
         if self._found.read == read and problems.broken == broken:
             seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"
             problems.add_broken(Problem(source.uri, 0, "the source", seen, "at least one sample"))
@@ -234,7 +232,7 @@ def _hold_out(folder: Path, fraction: float, found: Gathered, *, keep_tokens: bo
         return
     held = np.isin(documents.digests, unique[np.argsort(mix(unique), kind="stable")[:wanted]])
     with DocumentWriter(folder / VALIDATION, documents.sources, keep_tokens=keep_tokens) as writer:
-        originals = documents.originals()  # a copy adds nothing here
+        originals, _ = documents.originals()  # a copy adds nothing here
         for index in originals[held[originals]].tolist():
             writer.copy(documents, index)
     keep(folder / TRAINING, ~held)

@@ -14,7 +14,8 @@ opening costs nothing and any number of processes share the pages:
     lines.i32    one entry for each document: line in that source, from 1
     files.json   addresses of the sources
 
-A data set's `weight` repeats entries, not ids. Where tokens are only counted (`tuneward validate`), ids and weights are
+A data set's `weight` repeats a sample's entries, not ids. The two documents of a pair (objective DPO) lie side by side, the
+chosen one first, so that documents 2i and 2i + 1 are pair i. Where tokens are only counted (`tuneward validate`), ids and weights are
 left out: everything but `Documents[i]` still holds.
 """
 
@@ -25,6 +26,7 @@ import struct
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
@@ -96,10 +98,11 @@ class Documents:
         start = int(self._columns["starts"][index])
         return slice(start, start + int(self.lengths[index]))
 
-    def originals(self) -> NDArray[np.intp]:
-        """Indices of the documents that are no copy of the one before."""
-        starts = self._columns["starts"]
-        return np.flatnonzero(np.concatenate([[True], starts[1:] != starts[:-1]])[: len(starts)])
+    def originals(self) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+        """Indices of the documents that are no copy of an earlier one, ascending; and for each document, which of those it
+        is."""
+        _, first, which = np.unique(self._columns["starts"], return_index=True, return_inverse=True)
+        return first, which
 
     def samples(self) -> NDArray[np.intp]:
         """Index of the first document of each sample: those of one sample stand together."""
@@ -143,31 +146,44 @@ class DocumentWriter:
         self._keep_tokens = keep_tokens
         self._written = 0
 
-    def add(
-        self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int, copies: int = 1, digest: int = 0
+    def add(self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int) -> None:
+        """A sample of one document."""
+        self.add_sample([(ids, weights)], file=file, line=line)
+
+    def add_sample(
+        self,
+        documents: Sequence[tuple[Sequence[int], Sequence[float]]],
+        *,
+        file: int,
+        line: int,
+        copies: int = 1,
+        digest: int = 0,
     ) -> None:
-        """`weights[i]` belongs to `ids[i]`; weights[0] must be 0, as nothing stands before the first token. `digest`:
-        64 bits of the whole sample that the document is of."""
-        if len(ids) != len(weights) or not ids or weights[0]:
-            raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
-        if self._keep_tokens:
-            self._files["ids"].write(_little(array("i", ids)))
-            self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
-        targets = sum(1 for weight in weights if weight)
-        entry = {"lengths": len(ids), "targets": targets, "digests": digest, "files": file, "lines": line}
-        self._enter(entry, copies)
+        """(ids, weights) of each document, one after the other, and all of that `copies` times. `weights[i]` belongs to
+        `ids[i]`; weights[0] must be 0, as nothing stands before the first token. `digest`: 64 bits of the sample."""
+        entries = []
+        for ids, weights in documents:
+            if len(ids) != len(weights) or not ids or weights[0]:
+                raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
+            if self._keep_tokens:
+                self._files["ids"].write(_little(array("i", ids)))
+                self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
+            targets = sum(1 for weight in weights if weight)
+            entries.append({"lengths": len(ids), "targets": targets, "digests": digest, "files": file, "lines": line})
+        self._enter(entries, copies)
 
     def copy(self, documents: Documents, index: int) -> None:
         """A document of another part that has the same sources."""
         if self._keep_tokens:
             for name in _TOKENS:
                 self._files[name].write(documents.column(name)[documents.span(index)].tobytes())
-        self._enter({name: int(documents.column(name)[index]) for name in _INDEX if name != "starts"}, 1)
+        self._enter([{name: int(documents.column(name)[index]) for name in _INDEX if name != "starts"}], 1)
 
-    def _enter(self, entry: dict[str, int], copies: int) -> None:
-        for name, value in {**entry, "starts": self._written}.items():
-            self._files[name].write(np.asarray([value] * copies, _COLUMNS[name][1]).tobytes())
-        self._written += entry["lengths"]
+    def _enter(self, entries: Sequence[dict[str, int]], copies: int) -> None:
+        *starts, self._written = accumulate((entry["lengths"] for entry in entries), initial=self._written)
+        columns = {"starts": starts} | {name: [entry[name] for entry in entries] for name in _INDEX if name != "starts"}
+        for name, values in columns.items():
+            self._files[name].write(np.asarray(values * copies, _COLUMNS[name][1]).tobytes())
 
     def __enter__(self) -> Self:
         return self

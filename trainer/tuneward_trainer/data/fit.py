@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from tuneward_api.objective import ObjectiveType
+from tuneward_api.objective import PAIRS, ObjectiveType
 from tuneward_trainer.data.encode import Encoded
 from tuneward_trainer.data.formats import Format
 from tuneward_trainer.data.problems import SampleError
@@ -27,6 +27,16 @@ def check_format(form: Format, objective: ObjectiveType) -> None:
     """Raises SampleError for a sample that the objective does not learn from."""
     if objective == "Pretraining" and form != "Text":
         raise SampleError("", f"is a sample of format {form}", "samples with text, as spec.objective.type is Pretraining")
+    if objective == "DPO" and form not in PAIRS:
+        raise SampleError(
+            "",
+            f"is a sample of format {form}",
+            "pairs (chosen and rejected; or input, preferred_output, non_preferred_output), as spec.objective.type is DPO",
+        )
+    if objective == "SFT" and form in PAIRS:
+        raise SampleError(
+            "", f"is a pair of two answers (format {form})", "samples with one answer; or set spec.objective.type to DPO"
+        )
 
 
 def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Format) -> Fitted:
@@ -49,10 +59,29 @@ def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Fo
     return Fitted(kept, fate)
 
 
+def fit_pair(pair: list[Encoded], longest: int, on_too_long: OnTooLong, form: Format) -> Fitted:
+    """Both answers of a pair, or neither. Raises SampleError where that is refused, or where a cut leaves no difference."""
+    worst = max(pair, key=lambda document: len(document.ids))
+    if len(worst.ids) <= longest:
+        return Fitted(pair)
+    if on_too_long == "Skip":
+        return Fitted([], "skipped")
+    if on_too_long != "Truncate":
+        raise _too_long(worst, longest, form)
+    cut = [truncate(document, longest) for document in pair]
+    if cut[0].ids == cut[1].ids:
+        raise SampleError(
+            "the pair",
+            f"has the same first {longest} tokens in both answers",
+            f"answers that differ before they are cut ({_RAISE}, or set spec.datasets.onTooLong to Skip)",
+        )
+    return Fitted(cut, "truncated")
+
+
 def _too_long(document: Encoded, longest: int, form: Format) -> SampleError:
     ways = "Split, Truncate or Skip" if form == "Text" else "Truncate or Skip"
     return SampleError(
-        "the sample",
+        "an answer with its prompt" if form in PAIRS else "the sample",
         f"has {len(document.ids)} tokens",
         f"at most {longest} ({_RAISE}, or set spec.datasets.onTooLong to {ways})",
     )

@@ -25,13 +25,16 @@ class Fields(NamedTuple):
 
 
 FORMATS: Final[dict[Format, Fields]] = {
+    "Preference": Fields(("chosen", "rejected"), ("prompt", "tools")),
+    "PreferredOutput": Fields(("input", "preferred_output", "non_preferred_output")),
     "Messages": Fields(("messages",), ("tools",)),
     "PromptCompletion": Fields(("prompt", "completion"), ("tools",)),
     "Conversations": Fields(("conversations",), ("system", "tools")),
     "Instruction": Fields(("instruction", "output"), ("input", "system")),
     "Text": Fields(("text",)),
 }
-"""In the order of their recognition: Alpaca's files have a `text` beside the instruction, rendered for another model."""
+"""In the order of their recognition: files of pairs have the chosen answer as `messages` too, and Alpaca's a `text` beside
+the instruction, rendered for another model."""
 MEANT: Final = frozenset(
     {
         "functions",
@@ -87,8 +90,11 @@ class Chat:
 
 @dataclass(frozen=True)
 class PromptCompletion:
+    """`field` is the sample's field that holds the completion."""
+
     prompt: str
     completion: str
+    field: str = "completion"
 
 
 @dataclass(frozen=True)
@@ -116,15 +122,20 @@ def detect(value: dict[str, Any]) -> Format:
     raise SampleError("", f"has the fields {show(sorted(value))}", f"{allowed}; or name yours in the dataset's `fields`")
 
 
-def read(value: dict[str, Any], form: Format) -> Sample:
-    """Raises SampleError with the first thing that is wrong."""
+def check_fields(value: dict[str, Any], form: Format) -> None:
+    """Raises SampleError where one is missing, or would not be learnt from."""
     needed, allowed = FORMATS[form]
     for key in needed:
         if key not in value:
             raise SampleError(key, "is missing", f"every sample of a source has the format of its first ({form})")
     for key in sorted(MEANT & value.keys()):
-        if key not in allowed and value[key] is not None:
+        if key not in needed + allowed and value[key] is not None:
             raise SampleError(key, "would not be learnt from", f"only {', '.join(needed + allowed)}")
+
+
+def read(value: dict[str, Any], form: Format) -> Sample:
+    """Of any format but those of pairs (pairs.py). Raises SampleError with the first thing that is wrong."""
+    check_fields(value, form)
     if form == "Text":
         return Text(text_of(value["text"], "text"))
     if form == "Instruction":

@@ -133,8 +133,8 @@ def _as_chat(sample: PromptCompletion) -> Chat:
     return Chat(
         [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}],
         [0, 1],
-        field="completion",
-        paths=("prompt", "completion"),
+        field=sample.field,
+        paths=("prompt", sample.field),
     )
 
 

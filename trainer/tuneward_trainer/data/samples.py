@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
-from tuneward_api.objective import ObjectiveType
-from tuneward_trainer.data import fit, formats
+from tuneward_api.objective import PAIRS, ObjectiveType
+from tuneward_trainer.data import fit, formats, pairs
 from tuneward_trainer.data.encode import Encoded, Encoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
@@ -121,25 +121,24 @@ class Worker:
     def __call__(self, batch: Batch) -> Done:
         done = Done()
         samples = list(self._samples(batch, done))
-        encoded = self._encoder.encode([sample for _, _, sample in samples])
-        for (line, form, _), found in zip(samples, encoded, strict=True):
+        encoded = iter(self._encoder.encode([side for _, _, sample in samples for side in pairs.sides(sample)]))
+        for line, form, sample in samples:
+            found = [next(encoded) for _ in pairs.sides(sample)]
             try:
-                if isinstance(found, SampleError):
-                    raise found
-                if documents := self._fit(line, found, form, done):
+                if documents := self._fit(line, pairs.joined(sample, found), form, done):
                     done.good.append((line, documents, _digest(documents)))
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
         return done
 
-    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Format, formats.Sample]]:
+    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Format, pairs.Sample]]:
         for line, content in batch.records:
             try:
                 value = formats.renamed(parse(content), batch.fields)
                 form = batch.format or formats.detect(value)
                 fit.check_format(form, self._limits.objective)
                 done.ignored.update(formats.ignored(value, form))
-                yield line, form, formats.read(value, form)
+                yield line, form, pairs.read(value, form)
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
 
@@ -147,7 +146,8 @@ class Worker:
         """Those that are short enough, and what is left of those that are not. Raises SampleError."""
         longest = self._limits.longest
         done.longest = max(done.longest, *(min(len(document.ids), longest) for document in documents))
-        fitted = fit.fit(documents, longest, self._limits.on_too_long, form)
+        way = fit.fit_pair if form in PAIRS else fit.fit
+        fitted = way(documents, longest, self._limits.on_too_long, form)
         if fitted.fate is not None:
             done.fates.append((line, fitted.fate))
         return fitted.documents
