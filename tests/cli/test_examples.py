@@ -23,10 +23,11 @@ def test_every_example_is_valid(file: Path) -> None:
     assert load_valid(file).jobs
 
 
+@pytest.mark.parametrize(("file", "folder"), [("finetune.yaml", "lantern"), ("preference.yaml", "brief")])
 @pytest.mark.parametrize("name", ["training.jsonl", "validation.jsonl"])
-def test_the_config_map_holds_the_file(name: str) -> None:
-    held = load_valid(EXAMPLES / "finetune.yaml").config_maps()["lantern-data"][name]
-    assert held == (EXAMPLES / "lantern" / name).read_text(), f"copy examples/lantern/{name} into examples/finetune.yaml"
+def test_the_config_map_holds_the_file(file: str, folder: str, name: str) -> None:
+    held = load_valid(EXAMPLES / file).config_maps()[f"{folder}-data"][name]
+    assert held == (EXAMPLES / folder / name).read_text(), f"copy examples/{folder}/{name} into examples/{file}"
 
 
 def test_no_held_out_question_is_trained_on() -> None:

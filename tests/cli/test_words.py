@@ -34,6 +34,7 @@ def test_sizes(count: float, text: str) -> None:
         (Seen(0, 25), "step 0/25"),
         (Seen(3, 25, 1.2345, 311.6, 71), "step 3/25, loss 1.234, 312 tokens/s, 1m11s to go"),
         (Seen(25, 25, 0.05, 300.0, 0), "step 25/25, loss 0.050, 300 tokens/s"),
+        (Seen(3, 25, 0.6, reward_accuracy=0.875), "step 3/25, loss 0.600, 88% of the pairs right"),
     ],
 )
 def test_progress_leaves_out_what_is_not_known(seen: Seen, text: str) -> None:

@@ -41,6 +41,7 @@ def read(value: dict[str, Any]) -> pairs.Sample:
     return pairs.read(value, formats.detect(value))
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 FORMS = {
     "three lists": {"prompt": turns("Hi"), "chosen": said("Yes"), "rejected": said("No")},
     "two conversations": {"chosen": turns("Hi", "Yes"), "rejected": turns("Hi", "No")},
@@ -90,7 +91,7 @@ def test_without_a_template_texts_are_joined_as_they_are(tokenizer: Any) -> None
         ({"prompt": "a", "chosen": "b", "rejected": "b"}, "rejected is the same as chosen; allowed: two answers that differ"),
         ({"prompt": "a", "chosen": "b", "rejected": said("c")}, 'rejected is [{"role": "assistant", "content": "c"}]; allowed: two texts'),
         ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt is 3; allowed: a text"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [{}]}, "tools would not be learnt from"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "tools": [TOOL]}, "tools would not be learnt from"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "system": "d"}, "system would not be learnt from; allowed: only chosen"),
         ({"prompt": turns("a"), "chosen": said("b"), "rejected": said("b")}, "rejected is the same as chosen"),
         ({"prompt": turns("a"), "chosen": said("b"), "rejected": said(" ")}, 'rejected[0].content is " ": the model would learn'),

@@ -187,9 +187,7 @@ def costs_of(prepared: Prepared, folder: Path, device: Device) -> Costs | None:
         return None
     data = Data(learnt=min(1.0, summary.target_tokens / max(1, summary.tokens)), length=hyper.sequence_length)
     unit = documents_a_unit(prepared.objective.type)
-    return Costs.of(
-        shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device, unit=unit
-    )
+    return Costs.of(shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device, unit=unit)
 
 
 def rows(prepared: Prepared, folder: Path, room: int | None) -> Choice:

@@ -15,8 +15,8 @@ opening costs nothing and any number of processes share the pages:
     files.json   addresses of the sources
 
 A data set's `weight` repeats a sample's entries, not ids. The two documents of a pair (objective DPO) lie side by side, the
-chosen one first, so that documents 2i and 2i + 1 are pair i. Where tokens are only counted (`tuneward validate`), ids and weights are
-left out: everything but `Documents[i]` still holds.
+chosen one first, so that documents 2i and 2i + 1 are pair i. Where tokens are only counted (`tuneward validate`), ids and
+weights are left out: everything but `Documents[i]` still holds.
 """
 
 from __future__ import annotations
