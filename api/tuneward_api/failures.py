@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from tuneward_api.conditions import FailureClass, Reason
 from tuneward_api.names import ExitCode
+from tuneward_api.quantities import to_bytes
+from tuneward_api.resolved import Resolved
 
+KILLED_FOR_MEMORY = (
+    "the worker was killed for memory; raise spec.workers.resources.limits.memory "
+    "or lower spec.hyperparameters.sequenceLength"
+)
+"""What the kubelet's word alone tells; `with_values` knows more."""
 SIGKILL_CODES = frozenset({-9, 137})
 
 DEFAULT_RETRIES: dict[FailureClass, int] = {
@@ -64,8 +72,7 @@ def classify(*, exit_code: int | None, reason: str | None = None, message: str |
         return Failure(
             failure_class=FailureClass.OUT_OF_MEMORY,
             reason=Reason.OUT_OF_MEMORY,
-            sentence="the worker was killed for memory; raise spec.workers.resources.limits.memory "
-            "or lower spec.hyperparameters.sequenceLength",
+            sentence=KILLED_FOR_MEMORY,
         )
     if reason in ("Evicted", "Preempting", "TerminationByKubelet", "NodeLost", "NodeShutdown"):
         return Failure(
@@ -74,6 +81,20 @@ def classify(*, exit_code: int | None, reason: str | None = None, message: str |
             sentence=f"the node ended the worker ({reason})",
         )
     return _by_exit_code(exit_code, message)
+
+
+def with_values(failure: Failure, resolved: Resolved | None, *, limit: int | str | None) -> Failure:
+    """A worker that was killed for memory left no word: which values would do comes from the estimate and its `limit`."""
+    if resolved is None or resolved.estimate is None or KILLED_FOR_MEMORY not in failure.sentence:
+        return failure
+    had = to_bytes(limit) if limit is not None else 0
+    more = math.ceil(1.25 * max(resolved.estimate.memory_bytes, had) / (1 << 30))
+    length = resolved.hyperparameters.sequence_length
+    told = (
+        f"the worker was killed for memory; raise spec.workers.resources.limits.memory to {more}Gi "
+        f"or lower spec.hyperparameters.sequenceLength from {length} to {length // 2}"
+    )
+    return replace(failure, sentence=failure.sentence.replace(KILLED_FOR_MEMORY, told))
 
 
 def _by_exit_code(exit_code: int | None, message: str | None) -> Failure:

@@ -120,10 +120,14 @@ def lines(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
     yield _time_line(found)
 
 
+def _who(found: Mapping[str, Any]) -> str:
+    return "the GPU" if found["device"] == "cuda" else "a worker"
+
+
 def _memory_lines(found: Mapping[str, Any], memory: Mapping[str, int]) -> Iterator[str]:
     twice = ", each layer computed twice to save memory" if found["recompute"] else ""
     yield (
-        f"  memory  {gibibytes(memory['resident'])} of the {gibibytes(memory['available'])} of {found['device']}, "
+        f"  memory  {gibibytes(memory['resident'])}, where {_who(found)} has {gibibytes(memory['available'])}; "
         f"{found['rows']} {'row' if found['rows'] == 1 else 'rows'} at once{twice}"
     )
     for part, text in (
@@ -142,4 +146,4 @@ def _time_line(found: Mapping[str, Any]) -> str:
     if found["seconds"] is None:
         return f"  time    {found['rateSource']}: {operations(found['flops'])} at the rate that it reaches"
     rate = operations(found["flopsPerSecond"])
-    return f"  time    about {duration(found['seconds'])} on {found['device']}, at {rate}/s ({found['rateSource']})"
+    return f"  time    about {duration(found['seconds'])} at {rate}/s ({found['rateSource']})"

@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from enum import Enum, auto
 
 from tuneward_api.conditions import FINAL_PHASES, FailureClass, Phase, Reason
-from tuneward_api.failures import DEFAULT_RETRIES, Failure
+from tuneward_api.failures import DEFAULT_RETRIES, Failure, with_values
 from tuneward_api.files import FinishedAdapter, FinishReport, PrepareReport
-from tuneward_api.finetunejob import FineTuneJobStatus, ModelStatus, RunPolicy
+from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, ModelStatus, RunPolicy
 from tuneward_api.names import DEFAULT_STORE_CLAIM
 from tuneward_operator import gang as gangs
 from tuneward_operator import status as texts
@@ -206,6 +206,7 @@ def _train(context: Context) -> Decision:
         return _register(_ended(context, gang.launch, texts.SUCCEEDED))
     failure = gangs.failure(gang, context.now, context.policy, context.seen.owner.replicas)
     if failure is not None:
+        failure = with_values(failure, context.status.resolved, limit=_memory_limit(context.seen.owner.spec))
         return _retry(_ended(context, gang.launch, failure.sentence), failure, to=Phase.RECOVERING)
     context = context.with_status(retry_at=None)
     if gang.suspended or context.seen.owner.queue:
@@ -316,6 +317,12 @@ def _budget(policy: RunPolicy, kind: FailureClass) -> int:
     )
     found = chosen.get(kind)
     return DEFAULT_RETRIES[kind] if found is None else found
+
+
+def _memory_limit(spec: FineTuneJobSpec) -> int | str | None:
+    """Of a worker, as the job names it."""
+    resources = spec.workers.resources if spec.workers is not None else None
+    return (resources.limits or {}).get("memory") if resources is not None else None
 
 
 def _until_retry(context: Context) -> float:

@@ -42,7 +42,7 @@ def test_a_gpu_can_be_asked_about_where_there_is_none(station: Station) -> None:
     station.write()
     done = station.tuneward("estimate", "job.yaml", "--store", str(station.store), "--gpu-memory", "80")
     assert done.returncode == 0, done.stderr
-    assert "of the 80.0 GiB of a GPU of 80 GiB" in done.stdout
+    assert ", where the GPU has 80.0 GiB; " in done.stdout
     assert "  time    unknown for this device: " in done.stdout
     assert f"next: tuneward train job.yaml --store {station.store}" in done.stdout
     small = station.tuneward("estimate", "job.yaml", "--store", str(station.store), "--gpu-memory", "0.5")

@@ -87,3 +87,4 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(station: Station) -> None:
     assert "--restart" in station.train().stderr
     assert station.train("--restart").returncode == 0
     assert json.loads((station.run / "attempts/1/start.json").read_text())["fromStep"] == 0
+    assert (station.run / "loss.svg").read_text().startswith("<svg ")

@@ -28,11 +28,19 @@ def test_sizes(count: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 FLOP"), (2.6e12, "2.6 TFLOP"), (4.94e18, "4.94 EFLOP"), (3e23, "300 ZFLOP")]
+)
+def test_operations(count: float, text: str) -> None:
+    assert words.operations(count) == text
+
+
+@pytest.mark.parametrize(
     ("seen", "text"),
     [
         (Seen(0, 0), "no step yet"),
         (Seen(0, 25), "step 0/25"),
         (Seen(3, 25, 1.2345, 311.6, 71), "step 3/25, loss 1.234, 312 tokens/s, 1m11s to go"),
+        (Seen(3, 25, 1.2345, 311.6, 71, 2_040_109_466), "step 3/25, loss 1.234, 312 tokens/s, 1.9 GiB, 1m11s to go"),
         (Seen(25, 25, 0.05, 300.0, 0), "step 25/25, loss 0.050, 300 tokens/s"),
         (Seen(3, 25, 0.6, reward_accuracy=0.875), "step 3/25, loss 0.600, 88% of the pairs right"),
     ],

@@ -28,6 +28,7 @@ from tuneward_api.conditions import Phase
 from tuneward_api.failures import classify
 from tuneward_api.files import FinishReport
 from tuneward_api.finetunejob import FineTuneJobStatus
+from tuneward_api.resolved import ResolvedEstimate
 from tuneward_operator.decide import Decision, Step, decide
 from tuneward_operator.observe import Seen
 
@@ -143,6 +144,23 @@ def test_a_lost_worker_ends_the_attempt_and_spends_a_retry(workers: list[Any], k
     decision = decided(accepted(of, status={"phase": "Running"}, gang=gang(*workers)))
     assert (decision.status.phase, decision.status.retries) == (Phase.RECOVERING, {kind: 1})
     assert (decision.status.launches, decision.delete) == (1, ())
+
+
+def test_a_worker_that_was_killed_for_memory_is_told_values_that_would_do() -> None:
+    of = owner(workers={"gpusPerWorker": 0, "resources": {"limits": {"memory": "4Gi"}}})
+    killed = worker(phase="Failed", exit_code=137, reason="OOMKilled")
+    picture = accepted(of, status={"phase": "Running"}, gang=gang(killed))
+    costs = ResolvedEstimate(
+        memory_bytes=9 << 30, weight_bytes=0, state_bytes=0, activation_bytes=0, buffer_bytes=0, flops=1.0
+    )
+    assert picture.status.resolved is not None
+    resolved = picture.status.resolved.model_copy(update={"estimate": costs})
+    decision = decided(replace(picture, status=picture.status.model_copy(update={"resolved": resolved})))
+    length = resolved.hyperparameters.sequence_length
+    assert (
+        "the worker was killed for memory; raise spec.workers.resources.limits.memory to 12Gi or lower "
+        f"spec.hyperparameters.sequenceLength from {length} to {length // 2}"
+    ) in str(decision.status.message)
 
 
 def test_bad_data_found_by_the_trainer_is_not_tried_again() -> None:

@@ -19,11 +19,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tuneward_api.estimate import GIB, Data, Setup, Shape, memory, tokens_that_fit
-from tuneward_api.resolved import ResolvedMethod
+from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
+from tuneward_trainer.memory import Choice, Costs
 from tuneward_trainer.model import add_adapters, target_linears
 
 SIZES = {
@@ -240,3 +241,41 @@ def test_a_model_of_seven_billion_parameters_fits_a_gpu_of_eighty_gigabytes() ->
 
 def test_nothing_fits_where_the_weights_alone_do_not() -> None:
     assert tokens_that_fit(Shape.of(MISTRAL_7B), DATA, Setup(tokens=0, device="cuda"), 8 * GIB) == 0
+
+
+def costs(config: dict[str, Any], **hyper: Any) -> Costs:
+    numbers: dict[str, Any] = {
+        "epochs": 1.0, "steps": 1, "learning_rate": 1e-4, "scheduler": "Cosine", "warmup_fraction": 0.1, "weight_decay": 0.0,
+        "max_grad_norm": 1.0, "sequence_length": 4096, "batch_tokens": 65_536, "seed": 0,
+    }  # fmt: skip
+    method = ResolvedMethod(
+        type="LoRA", rank=16, alpha=32.0, dropout=0.0, rs_lora=False, trainable_parameters=0,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    )  # fmt: skip
+    shape = Shape.of(config)
+    resolved = ResolvedHyperparameters(**numbers | hyper)
+    return Costs.of(shape, method, resolved, parameters=shape.parameters, data=DATA, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("gib", "length", "choice"),
+    [
+        (None, 4096, Choice(2)),
+        (80, 4096, Choice(2)),
+        (80, 1000, Choice(8)),
+        # More rows would make no kernel faster.
+        (800, 4096, Choice(2)),
+        (40, 4096, Choice(1)),
+        (24, 1024, Choice(1)),
+        (24, 4096, Choice(2, recompute=True)),
+        (24, 8192, Choice(1, recompute=True)),
+        # Not even then: it is tried, and the sentence says what to lower.
+        (12, 4096, Choice(1, recompute=True)),
+    ],
+)
+def test_rows_are_as_many_as_fit_and_help(gib: int | None, length: int, choice: Choice) -> None:
+    assert costs(MISTRAL_7B, sequence_length=length).choose(None if gib is None else gib * GIB) == choice
+
+
+def test_small_batches_are_not_filled_up() -> None:
+    assert costs(MISTRAL_7B, sequence_length=512, batch_tokens=2048).choose(800 * GIB) == Choice(4)

@@ -17,8 +17,9 @@ import pytest
 from tests.trainer.rooms import UNVERIFIED, Room, chats, write
 
 from tuneward_api import manifest, names
+from tuneward_api.quantities import to_bytes
 from tuneward_api.resolved import ResolvedPacking
-from tuneward_trainer import defaults, memory, prepare, store, verify
+from tuneward_trainer import defaults, prepare, store, verify
 from tuneward_trainer.model import ModelUnsupportedError
 from tuneward_trainer.report import EndError
 
@@ -413,4 +414,4 @@ def test_pretraining_may_take_larger_batches() -> None:
     ("quantity", "expected"), [("4Gi", 4 << 30), (1024, 1024), ("1.5G", 1_500_000_000), ("1e9", 10**9), ("512Mi", 512 << 20)]
 )
 def test_quantities(quantity: int | str, expected: int) -> None:
-    assert memory.to_bytes(quantity) == expected
+    assert to_bytes(quantity) == expected

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import resource
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, Shape, flops_per_token, memory, tokens_that_fit
 from tuneward_api.files import Plan, Prepared
 from tuneward_api.finetunejob import FineTuneJobSpec
+from tuneward_api.quantities import to_bytes
 from tuneward_api.resolved import ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer.schedule import documents_a_unit
 
@@ -28,17 +28,6 @@ TOKENS_AT_ONCE: Final[dict[Device, int]] = {"cpu": 1024, "cuda": 8192}
 CPU_MEMORY: Final = 4 * GIB
 """What a worker requests when the job names nothing."""
 _SHORTEST: Final = 16
-_UNITS: Final = {
-    "": 1,
-    "k": 10**3,
-    "M": 10**6,
-    "G": 10**9,
-    "T": 10**12,
-    "Ki": 1 << 10,
-    "Mi": 1 << 20,
-    "Gi": 1 << 30,
-    "Ti": 1 << 40,
-}
 
 
 @dataclass(frozen=True)
@@ -152,14 +141,6 @@ def worker_memory(spec: FineTuneJobSpec) -> int:
     resources = spec.workers.resources if spec.workers is not None else None
     limits, requests = (resources.limits or {}, resources.requests or {}) if resources is not None else ({}, {})
     return to_bytes(limits.get("memory", requests.get("memory", CPU_MEMORY)))
-
-
-def to_bytes(quantity: int | str) -> int:
-    """Kubernetes' 4Gi, 512M, 1e9; the schema has checked the form."""
-    match = re.match(r"^\+?([0-9.]+)(e[0-9]+|E[0-9]+)?([a-zA-Z]*)$", str(quantity))
-    if match is None or match[3] not in _UNITS:
-        raise ValueError(f"{quantity!r} is no quantity of memory")
-    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3]])
 
 
 def device_of(spec: FineTuneJobSpec) -> Device:

@@ -1,0 +1,26 @@
+"""Quantities of memory as Kubernetes writes them."""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_UNITS: Final = {
+    "": 1,
+    "k": 10**3,
+    "M": 10**6,
+    "G": 10**9,
+    "T": 10**12,
+    "Ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
+
+
+def to_bytes(quantity: int | str) -> int:
+    """4Gi, 512M, 1e9; the schema has checked the form. Raises ValueError for anything else."""
+    match = re.match(r"^\+?([0-9.]+)(e[0-9]+|E[0-9]+)?([a-zA-Z]*)$", str(quantity))
+    if match is None or match[3] not in _UNITS:
+        raise ValueError(f"{quantity!r} is no quantity of memory")
+    return int(float(match[1] + (match[2] or "")) * _UNITS[match[3]])
