@@ -29,6 +29,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.files import Plan, Result
 from tuneward_api.names import MAX_MESSAGE, ExitCode
 from tuneward_trainer import memory, rundir
+from tuneward_trainer.machine import processors
 from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, read_ranks, serve
 from tuneward_trainer.report import start_logging
 
@@ -147,15 +148,6 @@ def shape_of(plan: Plan) -> Shape:
         return Shape(replicas, int(index), max(1, min(gpus, gpus_asked or gpus)))
     wanted = replicas * max(1, 1 if gpus_asked is None else gpus_asked)
     return Shape(1, 0, max(1, min(wanted, gpus or processors())))
-
-
-def processors() -> int:
-    """That this process may use: affinity, and the cgroup's quota rounded up."""
-    count = len(os.sched_getaffinity(0))
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        count = min(count, -(-int(quota) // int(period)))
-    return max(1, count)
 
 
 def memory_kills() -> int:

@@ -10,6 +10,7 @@ render.py     a sample -> texts with trained spans, through the model's own chat
 shapes.py     the same in one rendering, where the template only copies
 encode.py     texts -> ids and one loss weight a token
 samples.py    all of this for a batch of lines
+crew.py       batches through several processes
 documents.py  the cache on disk that training reads
 overlap.py    samples that occur twice
 show.py       a sample's tokens, with what is learnt of them

@@ -17,6 +17,7 @@ from typing import Final, Literal, TypeAlias
 import numpy as np
 
 from tuneward_trainer.data import formats
+from tuneward_trainer.data.crew import WORTH, Crew, crew
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.files import ENDINGS
@@ -24,6 +25,7 @@ from tuneward_trainer.data.fit import Fate
 from tuneward_trainer.data.overlap import duplicates, leaks
 from tuneward_trainer.data.problems import Lines, Problem, Problems, SampleError
 from tuneward_trainer.data.samples import Done, Limits, Source, Worker, batches
+from tuneward_trainer.machine import processors
 from tuneward_trainer.packing import mix
 
 log = logging.getLogger(__name__)
@@ -148,20 +150,26 @@ def gather(
 ) -> Gathered:
     """Writes both parts of the good samples below `folder`, whatever is wrong with others."""
     found = Gathered(skip_percentage=limits.invalid)
-    reader = _Reader(Worker(encoder, limits), found, keep_tokens=keep_tokens)
-    reader.write(folder, TRAINING, training)
-    reader.write(folder, VALIDATION, validation)
+    with crew(Worker(encoder, limits), _processes([*training, *validation])) as workers:
+        reader = _Reader(workers, found, keep_tokens=keep_tokens)
+        reader.write(folder, TRAINING, training)
+        reader.write(folder, VALIDATION, validation)
     if limits.fraction:
         _hold_out(folder, limits.fraction, found, keep_tokens=keep_tokens)
     _count(folder, found, held_out=bool(limits.fraction))
     return found
 
 
+def _processes(sources: Sequence[Source]) -> int:
+    size = sum(path.stat().st_size for source in sources for _, path in source.files())
+    return processors() if size >= WORTH else 1
+
+
 class _Reader:
     """Reads, renders, tokenizes and writes; adds to `found` what it meets."""
 
-    def __init__(self, worker: Worker, found: Gathered, *, keep_tokens: bool) -> None:
-        self._worker = worker
+    def __init__(self, workers: Crew, found: Gathered, *, keep_tokens: bool) -> None:
+        self._workers = workers
         self._found = found
         self._keep_tokens = keep_tokens
         self._ignored: Counter[str] = Counter()
@@ -195,10 +203,9 @@ class _Reader:
         """What became of each batch of a file, in order, counted."""
         line = 0
         try:
-            for batch in batches(path, counts.format, source.fields):
+            for batch, done in self._workers.work(batches(path, counts.format, source.fields)):
                 line = batch.records[-1][0]
                 self._found.read += len(batch.records)
-                done = self._worker(batch)
                 self._note(done, uri, counts)
                 yield done
         except SampleError as error:  # the file itself is broken after this line

@@ -168,7 +168,7 @@ class DocumentWriter:
             if self._keep_tokens:
                 self._files["ids"].write(_little(array("i", ids)))
                 self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
-            targets = sum(1 for weight in weights if weight)
+            targets = len(weights) - weights.count(0)
             entries.append({"lengths": len(ids), "targets": targets, "digests": digest, "files": file, "lines": line})
         self._enter(entries, copies)
 

@@ -42,6 +42,10 @@ class SampleError(Exception):
         self.allowed = allowed
         self.more = more
 
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str, str, Sequence[SampleError]]]:
+        """From one process to another: an exception's own way knows its message alone."""
+        return SampleError, (self.path, self.seen, self.allowed, self.more)
+
     def at(self, file: str, line: int) -> list[Problem]:
         own = Problem(file, line, self.path, self.seen, self.allowed)
         return [own] + [problem for error in self.more for problem in error.at(file, line)]

@@ -161,5 +161,5 @@ def _digest(documents: list[Encoded]) -> int:
     """64 bits of ids and mask: two of a hundred million different samples share them with a chance of 3 in 10,000."""
     digest = hashlib.blake2b(digest_size=8)
     for document in documents:
-        digest.update(array("i", document.ids).tobytes() + bytes(bool(weight) for weight in document.weights) + b"|")
+        digest.update(array("i", document.ids).tobytes() + bytes(map(bool, document.weights)) + b"|")
     return int.from_bytes(digest.digest(), "little")

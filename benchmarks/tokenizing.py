@@ -1,0 +1,113 @@
+"""How fast files become tokens and masks, against what `tokenizers` alone gives on the same processors.
+
+    python benchmarks/tokenizing.py [--megabytes 100] [--rounds 3]
+
+The data are the conversations of examples/chitchat, over and over, with a number in each so that none is a copy; the model
+is SmolLM2's tokenizer and chat template. Two contestants, in turns, so that a busy machine slows both:
+
+    tokenizers  the texts, already rendered, in batches of 512: `encode_batch_fast`, which knows no offsets, on all
+                processors
+    ours        what prepare does: lines of JSON are read, checked, rendered, tokenized, masked and written to the cache,
+                in a process for each processor
+
+What is compared is tokens a second of wall time. The budget is a share of 80%.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import AutoTokenizer
+
+from tuneward_trainer.data import build
+from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.samples import Limits, Source
+from tuneward_trainer.machine import processors
+
+ROOT: Final = Path(__file__).parents[1]
+MODEL: Final = ROOT / ".cache/models/smollm2-135m-instruct"
+BUDGET: Final = 0.8
+BATCH: Final = 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="size of the data")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="tuneward-benchmark-") as name:
+        compare(Path(name), options.megabytes, options.rounds)
+
+
+def compare(folder: Path, megabytes: int, rounds: int) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    file, texts = data(folder, megabytes << 20, tokenizer)
+    print(f"{megabytes} MB of conversations, {processors()} processors")
+    shares = []
+    for number in range(1, rounds + 1):
+        alone, ours = tokenizers(tokenizer, texts), prepared(folder / str(number), file, tokenizer)
+        shares.append(ours / alone)
+        print(f"round {number}: tokenizers {alone:,.0f} tokens/s, ours {ours:,.0f} tokens/s, share {ours / alone:.0%}")
+    print(f"share {statistics.median(shares):.0%} ({min(shares):.0%} to {max(shares):.0%}); budget {BUDGET:.0%}")
+
+
+def data(folder: Path, size: int, tokenizer: Any) -> tuple[Path, list[str]]:
+    """The file, and each of its conversations as the model's template renders it."""
+    subprocess.run([sys.executable, str(ROOT / "examples/chitchat/make.py"), str(folder), "--held-out", "1"], check=True)
+    lines = (folder / "training.jsonl").read_text().splitlines()
+    talks = [json.loads(line)["messages"] for line in lines]
+    bare = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in talks]
+    file, texts, written = folder / "many.jsonl", [], 0
+    with file.open("w") as output:
+        for index, messages, text in numbered(talks, bare):
+            first = messages[0]["content"]
+            line = json.dumps({"messages": [{"role": "user", "content": f"{index} {first}"}, *messages[1:]]}) + "\n"
+            output.write(line)
+            texts.append(text.replace(first, f"{index} {first}", 1))
+            written += len(line)
+            if written > size:
+                return file, texts
+    raise AssertionError("talks never end")
+
+
+def numbered(talks: list[Any], texts: list[str]) -> Iterator[tuple[int, Any, str]]:
+    index = 0
+    while True:
+        for messages, text in zip(talks, texts, strict=True):
+            yield index, messages, text
+            index += 1
+
+
+def tokenizers(tokenizer: Any, texts: list[str]) -> float:
+    """Tokens a second."""
+    started, tokens = time.perf_counter(), 0
+    for start in range(0, len(texts), BATCH):
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
+        tokens += sum(map(len, encodings))
+    return tokens / (time.perf_counter() - started)
+
+
+def prepared(folder: Path, file: Path, tokenizer: Any) -> float:
+    """Tokens a second."""
+    started = time.perf_counter()
+    summary = build.build(
+        folder,
+        training=[Source("chats.jsonl", file)],
+        validation=[],
+        encoder=Encoder(tokenizer, "Assistant"),
+        limits=Limits(8192, "Truncate"),
+    )
+    return summary.tokens / (time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    main()

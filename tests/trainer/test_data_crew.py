@@ -1,0 +1,123 @@
+"""Several processes make what one makes, in the same order; and none is left, whoever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.trainer.rooms import chats, write
+from transformers import AutoTokenizer
+
+from tuneward_trainer.data import build, samples
+from tuneward_trainer.data.build import DataError
+from tuneward_trainer.data.crew import crew
+from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.samples import Batch, Limits, Source, Worker
+
+DEADLINE = 60.0
+
+
+@pytest.fixture(scope="module")
+def encoder(smollm2: Path) -> Encoder:
+    return Encoder(AutoTokenizer.from_pretrained(smollm2), "Assistant")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_two_processes_make_the_same_bytes_and_errors(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "_RECORDS", 3)
+    long = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "long " * 60}]}
+    good = write(tmp_path / "a.jsonl", [*chats(20), long, chats(1)[0], {"messages": []}])
+    bad = write(tmp_path / "b.jsonl", [{"text": ""}, {"text": "x"}, 3, *[{"text": "y"}] * 9])
+    found: list[Any] = []
+    for processes in (1, 2):
+        monkeypatch.setattr(build, "_processes", lambda _, count=processes: count)
+        folder = tmp_path / str(processes)
+        sources = [Source("pvc://data/a.jsonl", good, copies=2)]
+        given: dict[str, Any] = {"validation": [], "encoder": encoder}
+        build.build(folder, training=sources, limits=Limits(50, "Truncate", fraction=0.2, invalid=50), **given)
+        with pytest.raises(DataError) as caught:
+            build.build(tmp_path / "bad", training=[*sources, Source("b", bad)], limits=Limits(50), **given)
+        found.append((files(folder), caught.value.problems.lines()))
+    assert found[0] == found[1]
+
+
+def batch(*values: Any) -> Batch:
+    return Batch([(line, json.dumps(value).encode()) for line, value in enumerate(values, 1)], "Text", {})
+
+
+def test_what_is_broken_comes_behind_all_that_stands_before(encoder: Encoder) -> None:
+    def broken() -> Iterator[Batch]:
+        yield from (batch({"text": f"number {index}"}) for index in range(9))
+        raise SampleError("", "is cut", "a whole file")
+
+    lengths = []
+    with crew(Worker(encoder, Limits(50)), 2) as workers, pytest.raises(SampleError, match="is cut"):
+        for _, done in workers.work(broken()):
+            lengths.append([len(document.ids) for _, documents, _ in done.good for document in documents])
+    assert lengths == [[4]] * 9
+
+
+def test_a_process_that_is_killed_ends_in_a_sentence(encoder: Encoder) -> None:
+    with crew(Worker(encoder, Limits(50)), 2) as workers:
+        assert workers._pool is not None
+        work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
+        next(work)
+        os.kill(next(iter(workers._pool._processes)), signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="a process that tokenizes was killed, perhaps for memory"):
+            list(work)
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from tests.trainer.test_data_crew import batch
+from transformers import AutoTokenizer
+from tuneward_trainer.data.crew import crew
+from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.samples import Limits, Worker
+
+if __name__ == "__main__":
+    encoder = Encoder(AutoTokenizer.from_pretrained(sys.argv[1]), "Assistant")
+    with crew(Worker(encoder, Limits(50)), 2) as workers:
+        for _ in workers.work(batch({"text": "x"}) for _ in range(10**9)):
+            print(*workers._pool._processes, flush=True)
+            time.sleep(1000)
+"""
+
+
+def test_no_process_outlives_one_that_is_killed(tmp_path: Path, smollm2: Path) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    command = [sys.executable, str(script), str(smollm2)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, cwd=root) as process:
+        assert process.stdout is not None
+        ids = [int(word) for word in process.stdout.readline().split()]
+        process.kill()
+    assert len(ids) == 2
+    deadline = time.monotonic() + DEADLINE
+    while any(alive(number) for number in ids):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def alive(number: int) -> bool:
+    try:
+        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
