@@ -174,6 +174,8 @@ class Metrics(Record):
     train_loss: float | None = None
     validation_loss_before: float | None = None
     validation_loss_after: float | None = None
+    task_score_before: float | None = None
+    task_score_after: float | None = None
     steps: Int = 0
     tokens: Int = 0
     seconds: float = 0.0

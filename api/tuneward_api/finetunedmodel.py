@@ -60,6 +60,10 @@ class ModelMetrics(Model):
     train_loss: float | None = Field(None, description="Training loss of the last step.")
     validation_loss_before: float | None = Field(None, description="Validation loss of the base model.")
     validation_loss_after: float | None = Field(None, description="Validation loss of this model.")
+    task_score_before: float | None = Field(
+        None, ge=0, le=1, description="Share of the base model's answers that evaluation.task.grader accepts."
+    )
+    task_score_after: float | None = Field(None, ge=0, le=1, description="The same of this model's answers.")
     steps: Int | None = Field(None, ge=0, description="Optimizer steps.")
     tokens: Int | None = Field(None, ge=0, description="Tokens trained on.")
 

@@ -9,6 +9,8 @@ from pydantic import Field
 from tuneward_api.base import Int, Model, Quantity, Rule, Ruled, Transition
 from tuneward_api.conditions import Condition, Phase
 from tuneward_api.datasets import Datasets
+from tuneward_api.evaluation import RULES as EVALUATION_RULES
+from tuneward_api.evaluation import Evaluation
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.objective import RULES as OBJECTIVE_RULES
 from tuneward_api.objective import Objective
@@ -189,32 +191,6 @@ class Checkpoint(Model):
     )
 
 
-class Gate(Model):
-    """What the result must reach to become a model. Needs validation samples."""
-
-    max_loss: float | None = Field(
-        None, gt=0, le=100, description="Highest validation loss (nats a token, for DPO a pair) that passes."
-    )
-    min_improvement: float | None = Field(
-        None,
-        gt=0,
-        le=1,
-        description="Least share by which the validation loss must fall below that of the model the job starts from.",
-    )
-
-
-class Evaluation(Model):
-    """How the result is measured on validation samples."""
-
-    every_steps: Int | None = Field(
-        None,
-        ge=1,
-        le=1_000_000,
-        description="Steps between two evaluations. Default: before and after training only.",
-    )
-    gate: Gate | None = Field(None, description="What the result must reach. Default: nothing.")
-
-
 class Store(Model):
     """The volume that holds models, data and results."""
 
@@ -311,18 +287,8 @@ class FineTuneJobSpec(Model):
     run_policy: RunPolicy | None = Field(None, description="How long and how often.")
 
     RULES: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            cel="!has(self.evaluation) || !has(self.evaluation.gate) || has(self.datasets.validation)"
-            " || has(self.datasets.validationFraction)",
-            message="evaluation.gate needs datasets.validation or datasets.validationFraction",
-            check=lambda s: (
-                s.evaluation is None
-                or s.evaluation.gate is None
-                or s.datasets.validation is not None
-                or s.datasets.validation_fraction is not None
-            ),
-        ),
         *OBJECTIVE_RULES,
+        *EVALUATION_RULES,
     )
     TRANSITIONS: ClassVar[tuple[Transition, ...]] = (
         *(

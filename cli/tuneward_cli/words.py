@@ -128,6 +128,13 @@ def condition(resource: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return next((item for item in found if item.get("type") == kind), {})
 
 
+def score_line(before: float | None, after: float | None) -> str | None:
+    """`answers that count: 12% before, 88% after`, where a task was graded."""
+    if after is None:
+        return None
+    return f"answers that count: {f'{before:.0%} before, ' if before is not None else ''}{after:.0%} after"
+
+
 def losses_line(before: float | None, after: float | None, train: float | None) -> str:
     """`validation loss 3.41 before, 0.62 after; training loss 0.05`."""
     parts = []

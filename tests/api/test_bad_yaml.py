@@ -38,7 +38,11 @@ spec:
     nodeSelector: {gpu: h100}
     tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
   checkpoint: {everySeconds: 600, keep: 3}
-  evaluation: {everySteps: 50, gate: {maxLoss: 2.0, minImprovement: 0.05}}
+  evaluation:
+    everySteps: 50
+    patience: 3
+    task: {grader: JSONSchema, jsonSchema: '{"type": "object"}', samples: 16, maxTokens: 128}
+    gate: {maxLoss: 2.0, minImprovement: 0.05, minScore: 0.8}
   store: {claimName: models}
   register: {name: support, suffix: support-v1}
   serve: {server: mistral}
@@ -207,8 +211,24 @@ CASES = [
     Bad("two intervals", "spec.checkpoint.everySteps", 10, "spec.checkpoint", "not both"),
     Bad("keep none", "spec.checkpoint.keep", 0, "spec.checkpoint.keep", "at least 1"),
     Bad("evaluation", "spec.evaluation.everySteps", 0, "spec.evaluation.everySteps", "at least 1"),
-    Bad("gate without validation", "spec.datasets.validation", REMOVE, "spec", "evaluation.gate needs"),
+    Bad("gate without validation", "spec.datasets.validation", REMOVE, "spec", "gate need datasets.validation"),
     Bad("gate loss", "spec.evaluation.gate.maxLoss", 0, "spec.evaluation.gate.maxLoss", "greater than 0"),
+    Bad("gate score", "spec.evaluation.gate.minScore", 2, "spec.evaluation.gate.minScore", "at most 1"),
+    Bad("score of nothing", "spec.evaluation.task", REMOVE, "spec.evaluation", "gate.minScore needs task.grader"),
+    Bad("impatience", "spec.evaluation.patience", 0, "spec.evaluation.patience", "at least 1"),
+    Bad("patience for nothing", "spec.evaluation.everySteps", REMOVE, "spec.evaluation", "patience needs everySteps"),
+    Bad("grader", "spec.evaluation.task.grader", "exact", "spec.evaluation.task.grader", "'Exact'"),
+    Bad("no schema", "spec.evaluation.task.jsonSchema", REMOVE, "spec.evaluation.task", "belong together"),
+    Bad("schema of another grader", "spec.evaluation.task.grader", "Exact", "spec.evaluation.task", "belong together"),
+    Bad(
+        "schema that is none",
+        "spec.evaluation.task.jsonSchema",
+        "object",
+        "spec.evaluation.task.jsonSchema",
+        "must be a JSON Schema",
+    ),
+    Bad("nobody asked", "spec.evaluation.task.samples", 0, "spec.evaluation.task.samples", "at least 1"),
+    Bad("no answer", "spec.evaluation.task.maxTokens", 0, "spec.evaluation.task.maxTokens", "at least 1"),
     Bad("gate share", "spec.evaluation.gate.minImprovement", 2, "spec.evaluation.gate.minImprovement", "at most 1"),
     Bad("claim", "spec.store.claimName", "My Claim", "spec.store.claimName", "must match"),
     Bad("register name", "spec.register.name", "Support", "spec.register.name", "must match"),

@@ -10,6 +10,7 @@ from tests.trainer.jobs import Job, make_job
 
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
+from tuneward_api.evaluation import Gate
 from tuneward_api.files import FinishReport, Metrics, Result
 from tuneward_trainer import finish, rundir
 
@@ -89,6 +90,21 @@ def test_the_gate_refuses_with_both_figures(
     assert said in report.message
     assert "the adapter stays in jobs/tiny/adapter/a1" in report.message
     assert not (tmp_path / "adapters").exists()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.1, 0.75, "the task score is 75.0%, the base model's 10.0%; evaluation.gate.minScore is 80.0%"),
+        (None, 0.75, "the task score is 75.0%; evaluation.gate.minScore is 80.0%"),
+        (None, None, "the gate needs a task score, and none was measured"),
+        (0.1, 0.8, None),
+    ],
+)
+def test_a_score_below_the_gates_is_refused(before: float | None, after: float | None, said: str | None) -> None:
+    found = finish.refused(Gate(min_score=0.8), Metrics(task_score_before=before, task_score_after=after))
+    assert (found is None) == (said is None)
+    assert (said or "") in (found or "")
 
 
 def test_a_gate_that_is_reached_lets_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

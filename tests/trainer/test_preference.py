@@ -55,7 +55,6 @@ def room(tmp_path_factory: pytest.TempPathFactory) -> Room:
     indices = range(len(pairs))
     with patches.applied(model) as forward:
         start = evaluate.logprobs(forward, pairs, indices, ALONE, tokens=64, stopping=lambda: False)
-    assert start is not None
     with torch.no_grad():
         for parameter in trainable(model).values():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)) * 0.1)
@@ -166,7 +165,7 @@ def test_what_was_scored_before_a_stop_is_read_and_not_scored_again(room: Room, 
     place = reference.Place(run=tmp_path, attempt=1, identity={"base": "a"})
     scored: list[int] = []
 
-    def measure(attempt: int, *, until: int = 99, identity: str = "a") -> torch.Tensor | None:
+    def measure(attempt: int, *, until: int = 99, identity: str = "a") -> torch.Tensor:
         place = reference.Place(run=tmp_path, attempt=attempt, identity={"base": identity})
         with patches.applied(room.engine.model) as forward:
 
@@ -178,22 +177,20 @@ def test_what_was_scored_before_a_stop_is_read_and_not_scored_again(room: Room, 
                 counted, room.pairs, TRAINING, place, ALONE, row_tokens=32, stopping=lambda: len(scored) >= until, tokens=30
             )
 
-    assert measure(1, until=5) is None
+    with pytest.raises(evaluate.StoppedError):
+        measure(1, until=5)
     first = [entry.name for entry in sorted(place.folder.iterdir())]
     assert first
     assert all(name.endswith(".a1") for name in first)
     half, whole = len(scored), measure(2)
-    assert whole is not None
     assert len(scored) - half < len(room.pairs)
     scored.clear()
     (place.folder / first[0] / "MANIFEST.json").unlink()
     again = measure(3)
-    assert again is not None
     assert torch.equal(again, whole)
     assert 0 < len(scored) < len(room.pairs)
     scored.clear()
-    other = measure(4, identity="b")
-    assert other is not None
+    measure(4, identity="b")
     assert sorted(set(scored)) == list(range(len(room.pairs)))
 
 

@@ -96,6 +96,14 @@ def newest(run: Path, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoin
     return None
 
 
+def at(run: Path, step: int, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoint | None:
+    """That of a step, of whichever attempt left it whole: all have the same."""
+    for found, _, folder in _listed(run):
+        if found == step and manifest.complete(folder):
+            return _read(folder, manifest.verify(folder), step, wanted, here)
+    return None
+
+
 def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoint:
     facts = json.loads((folder / "state.json").read_bytes())
     for key, value in wanted.items():
@@ -133,14 +141,15 @@ def write(run: Path, snapshot: Snapshot, *, attempt: int, facts: dict[str, Any])
     return SavedCheckpoint(step=snapshot.step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
 
 
-def prune(run: Path, *, keep: int, attempt: int) -> None:
-    """Leaves the newest `keep` complete ones. Touches none of a later attempt, and nothing newer than the newest
-    complete one: another gang may be writing it."""
+def prune(run: Path, *, keep: int, attempt: int, pinned: int | None = None) -> None:
+    """Leaves the newest `keep` complete ones, and that of the step `pinned`. Touches none of a later attempt, and nothing
+    newer than the newest complete one: another gang may be writing it."""
     listed = _listed(run)
     complete = [entry for entry in listed if manifest.complete(entry[2])]
     if not complete:
         return
     kept = {folder for _, _, folder in complete[:keep]}
+    kept |= {folder for step, _, folder in complete if step == pinned}
     for step, owner, folder in listed:
         if folder not in kept and owner <= attempt and step <= complete[0][0]:
             remove(folder)
@@ -170,8 +179,14 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self.facts = facts
+        self.pinned: int | None = None
+        """Step of a checkpoint that stays however many come after it."""
         self.last: SavedCheckpoint | None = None
         """The newest complete one; set by the thread."""
+
+    def marks(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What makes a checkpoint this job's, and what makes a resume exact."""
+        return self.facts["identity"], self.facts["circumstances"]
 
     def save(self, snapshot: Snapshot) -> None:
         """Begins to write."""
@@ -197,7 +212,7 @@ class Saver:
         self._error = None
         try:
             self.last = write(self._run, snapshot, attempt=self._attempt, facts=self.facts)
-            prune(self._run, keep=self._keep, attempt=self._attempt)
+            prune(self._run, keep=self._keep, attempt=self._attempt, pinned=self.pinned)
         except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
             self._error = error if isinstance(error, OSError) else OSError(str(error))
             logger.error("checkpoint of step %d was not saved, the older one stays: %s", snapshot.step, error)

@@ -156,6 +156,14 @@ class Gang:
         received: T = box[0]
         return received
 
+    def gather(self, values: list[T]) -> list[T]:
+        """All ranks' values in the order of ranks, on every rank."""
+        if self.world == 1:
+            return values
+        boxes: list[Any] = [None] * self.world
+        dist.all_gather_object(boxes, values, group=self.control)
+        return [value for box in boxes for value in box]
+
     def add(self, values: Tensor) -> Tensor:
         """Sum over ranks of a CPU tensor. Exact, whatever the number of ranks, where at most one value is not 0."""
         if self.world > 1:

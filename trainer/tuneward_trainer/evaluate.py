@@ -20,6 +20,11 @@ from tuneward_trainer.distributed import Gang
 from tuneward_trainer.losses import Loss
 from tuneward_trainer.patches import Forward
 
+
+class StoppedError(Exception):
+    """A rank was asked to stop on the way: there is no figure."""
+
+
 ROUND: Final = 8
 """Rows that a rank scores between two looks at whether to stop."""
 
@@ -41,8 +46,8 @@ def rows_of(lengths: Sequence[int], tokens: int, unit: int = 1) -> list[list[int
 def figures(
     forward: Forward, documents: Documents, loss: Loss, gang: Gang, *, rows: list[list[int]], stopping: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Means of the loss's figures over all documents, by name. None if there is nothing to score, or if `stopping()`
-    became true on any rank on the way."""
+    """Means of the loss's figures over all documents, by name. None if there is nothing to score. Raises StoppedError on
+    every rank where `stopping()` became true on any."""
 
     def score(row: list[int]) -> Tensor:
         batch, logprobs = _scored(forward, documents, row, gang.device)
@@ -50,16 +55,14 @@ def figures(
         return torch.cat([loss(logprobs, batch), torch.tensor([total], dtype=torch.float64)])
 
     found = _every_row(score, rows, len(loss.figures) + 1, gang, stopping)
-    if found is None:
-        return None
     *sums, total = found.sum(0).tolist()
     return {name: value / total for name, value in zip(loss.figures, sums, strict=True)} if total else None
 
 
 def logprobs(
     forward: Forward, documents: Documents, indices: Sequence[int], gang: Gang, *, tokens: int, stopping: Callable[[], bool]
-) -> Tensor | None:
-    """float64 [len(indices)]: log-probability of each document's targets. None as for `figures`."""
+) -> Tensor:
+    """float64 [len(indices)]: log-probability of each document's targets. Raises StoppedError as `figures` does."""
     lengths = [int(documents.lengths[index]) for index in indices]
     places = rows_of(lengths, tokens)
     width = max(map(len, places), default=0)
@@ -69,23 +72,26 @@ def logprobs(
         return torch.nn.functional.pad(losses.sums(found, batch), (0, width - len(row)))
 
     found = _every_row(score, places, width, gang, stopping)
-    if found is None:
-        return None
     return torch.cat([values[: len(row)] for values, row in zip(found, places, strict=True)]) if places else found.flatten()
 
 
 @torch.no_grad()
 def _every_row(
     score: Callable[[list[int]], Tensor], rows: list[list[int]], width: int, gang: Gang, stopping: Callable[[], bool]
-) -> Tensor | None:
+) -> Tensor:
     """float64 [rows, width], on every rank."""
     found = torch.zeros(len(rows), width, dtype=torch.float64)
     for start in range(0, len(rows), ROUND * gang.world):
         for index in range(start + gang.rank, min(start + ROUND * gang.world, len(rows)), gang.world):
             found[index] = score(rows[index])
-        if gang.add(torch.tensor([float(stopping())]))[0]:
-            return None
+        heed(gang, stopping)
     return gang.add(found)
+
+
+def heed(gang: Gang, stopping: Callable[[], bool]) -> None:
+    """Raises StoppedError on every rank where any was asked to stop."""
+    if gang.add(torch.tensor([float(stopping())]))[0]:
+        raise StoppedError
 
 
 def _scored(forward: Forward, documents: Documents, row: list[int], device: torch.device) -> tuple[Batch, Tensor]:

@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
+from tuneward_api.evaluation import Gate
 from tuneward_api.files import FinishedAdapter, FinishReport, Metrics, Plan, Result
-from tuneward_api.finetunejob import Gate
 from tuneward_api.names import MAX_MESSAGE, ExitCode
 from tuneward_trainer import report, rundir
 
@@ -74,8 +74,14 @@ def succeeded(plan: Plan, run: Path) -> Result:
 
 def refused(gate: Gate | None, metrics: Metrics) -> str | None:
     """Why the gate refuses, with both figures, or None."""
+    if gate is None:
+        return None
+    return _loss_refused(gate, metrics) or _score_refused(gate, metrics)
+
+
+def _loss_refused(gate: Gate, metrics: Metrics) -> str | None:
     before, after = metrics.validation_loss_before, metrics.validation_loss_after
-    if gate is None or (gate.max_loss is None and gate.min_improvement is None):
+    if gate.max_loss is None and gate.min_improvement is None:
         return None
     if before is None or after is None:
         return "the gate needs a validation loss, and none was measured: the validation samples hold no target token"
@@ -85,6 +91,18 @@ def refused(gate: Gate | None, metrics: Metrics) -> str | None:
     improvement = (before - after) / before if before else 0.0
     if gate.min_improvement is not None and improvement < gate.min_improvement:
         return f"{figures}, better by {improvement:.1%}; evaluation.gate.minImprovement is {gate.min_improvement:.1%}"
+    return None
+
+
+def _score_refused(gate: Gate, metrics: Metrics) -> str | None:
+    before, after = metrics.task_score_before, metrics.task_score_after
+    if gate.min_score is None:
+        return None
+    if after is None:
+        return "the gate needs a task score, and none was measured: no validation sample has a prompt and an answer"
+    if after < gate.min_score:
+        base = f", the base model's {before:.1%}" if before is not None else ""
+        return f"the task score is {after:.1%}{base}; evaluation.gate.minScore is {gate.min_score:.1%}"
     return None
 
 

@@ -26,7 +26,7 @@ from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
 from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_api.uris import parse_uri
-from tuneward_trainer import defaults, memory, models
+from tuneward_trainer import defaults, grade, memory, models
 from tuneward_trainer.data.build import ERRORS, DataError, Summary, build
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.samples import Limits, Source
@@ -97,6 +97,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     hyper = spec.hyperparameters or Hyperparameters()
     found = models.find(spec.model.uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
     facts = examine(found.folder)
+    check_task(request)
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
     method = defaults.method(spec.method or Method(), facts)
@@ -141,6 +142,17 @@ def costs_of(
         return None
     device = memory.device_of(spec)
     return memory.Costs.of(shape, method, hyper, parameters=facts.parameters, data=data, device=device, unit=unit)
+
+
+def check_task(request: Request) -> None:
+    """Raises EndError where the schema of answers is none."""
+    evaluation = request.spec.evaluation
+    task = evaluation.task if evaluation is not None else None
+    if task is not None and task.json_schema is not None:
+        try:
+            grade.schema_of(task.json_schema)
+        except ValueError as error:
+            raise config_bad(f"spec.evaluation.task.jsonSchema is no JSON Schema: {error}") from error
 
 
 def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:

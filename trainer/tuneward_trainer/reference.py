@@ -61,10 +61,10 @@ def measure(
     row_tokens: int,
     stopping: Callable[[], bool],
     tokens: int = TOKENS,
-) -> Tensor | None:
+) -> Tensor:
     """float64 [documents]: log-probability of each document's targets. `forward` must be that of the state at step 0.
 
-    None if `stopping()` became true on any rank on the way; what was complete by then stays.
+    Raises StoppedError where `stopping()` became true on any rank; what was complete by then stays.
     """
     originals, which = documents.originals()
     values: list[Tensor] = []
@@ -73,8 +73,6 @@ def measure(
         found: Tensor | None = gang.broadcast(_read(place.folder, name, len(indices)) if gang.leads else None)
         if found is None:
             found = evaluate.logprobs(forward, documents, indices, gang, tokens=row_tokens, stopping=stopping)
-            if found is None:
-                return None
             if gang.leads:
                 _write(place.folder / f"{name}.a{place.attempt}", found)
         values.append(found)

@@ -23,6 +23,7 @@ from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
 from tuneward_trainer import checkpoint, endings, memory, proof, rundir
+from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.divergence import LossWatch
@@ -76,8 +77,14 @@ class Session:
     loss: Loss = cross_entropy
     held_out_loss: Loss = cross_entropy
     """The same for the validation documents."""
+    best: Best
     before: float | None = None
     after: float | None = None
+    score_before: float | None = None
+    score_after: float | None = None
+    """Shares of the answers that count, of the model that the job starts from and of the result."""
+    last_step: int = 0
+    """To which it was trained; the result may be of an earlier one."""
     train_loss: float | None = None
     stopped: bool = False
     unproved: checkpoint.Snapshot | None = None
@@ -118,10 +125,10 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device, choice)
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
-    asked = plan.request.spec.checkpoint
+    asked, evaluation = plan.request.spec.checkpoint, plan.request.spec.evaluation
+    notes = found.notes if found is not None else {}
     saver = None
     if gang.leads:
-        notes = found.notes if found is not None else {}
         saver = checkpoint.Saver(
             run,
             attempt=attempt,
@@ -129,6 +136,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
             facts={"identity": wanted, "circumstances": here, "notes": notes},
         )
         saver.last = saved
+        saver.pinned = int(notes["best_step"]) if "best_step" in notes else None
     step = found.step if found is not None else 0
     resume = found.resume if found is not None else "exact"
     reporter.update(attempt=attempt, from_step=step, resume=resume, step=step, checkpoint=saved)
@@ -151,7 +159,9 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         log=rundir.MetricsLog(run, attempt) if gang.leads else None,
         watch=LossWatch(uniform_loss(base, prepared.objective.type), sound=found.losses if found is not None else []),
         saved_step=step,
-        before=found.notes.get("validation_loss_before") if found is not None else None,
+        best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
+        before=notes.get("validation_loss_before"),
+        score_before=notes.get("task_score_before"),
     )
 
 
@@ -229,7 +239,9 @@ def conclude(session: Session, *, seconds: float) -> Result | None:
     if session.stopped and error is not None:
         raise endings.TryAgainError(f"stopped on request, but the checkpoint could not be saved: {error}")
     step, steps = session.engine.step, session.plan.prepared.hyperparameters.steps
-    said = f"stopped on request after step {step} of {steps}" if session.stopped else f"trained {steps} steps"
+    said = f"stopped on request after step {step} of {steps}" if session.stopped else f"trained {session.last_step} steps"
+    if not session.stopped and step != session.last_step:
+        said += f"; step {step} had the lowest validation loss and is the result"
     if session.stopped and session.watch.suspected:
         loss, before = session.watch.suspects[-1], session.watch.highest
         said += f"; this state is not saved, since its loss was {loss:.4g}, far above the {before:.4g} before"
@@ -267,6 +279,8 @@ def metrics(session: Session, seconds: float) -> Metrics:
         train_loss=_finite(session.train_loss),
         validation_loss_before=_finite(session.before),
         validation_loss_after=_finite(session.after),
+        task_score_before=session.score_before,
+        task_score_after=session.score_after,
         steps=step,
         tokens=round(session.schedule.epoch(step) * session.training.tokens()),
         seconds=round(seconds, 3),

@@ -23,7 +23,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuneward_api import names
 from tuneward_api.files import Plan, canonical_json
-from tuneward_trainer import checkpoint, defaults, divergence, endings, evaluate, memory, patches, reference, rundir
+from tuneward_trainer import (
+    checkpoint,
+    defaults,
+    divergence,
+    endings,
+    evaluate,
+    memory,
+    patches,
+    reference,
+    rundir,
+    trial,
+)
 from tuneward_trainer.batch import collate
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
@@ -54,17 +65,17 @@ def train(session: Session) -> None:
         session.reporter.update(phase="Training", step=session.engine.step)
         clock.reset()
         session.saved_at = time.monotonic()
-        while session.engine.step < hyper.steps and not session.stopped:
+        while session.engine.step < hyper.steps and not (session.stopped or session.best.spent):
             facts = one_step(session, forward)
             write_proved(session)
             tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
             if evaluation_due(session):
-                measure(session, forward)
+                compare(session, forward)
                 clock.reset()
             if checkpoint_due(session):
                 save(session)
-        if not session.stopped:
-            measure(session, forward)
+        if not (session.stopped or session.best.spent):
+            compare(session, forward)
 
 
 def one_step(session: Session, forward: Forward) -> dict[str, Any]:
@@ -176,10 +187,13 @@ def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: 
 
 def start(session: Session, forward: Forward) -> None:
     """Measures the model that the job starts from, whose state the engine has, and then goes on to the checkpoint's."""
-    prepare_losses(session, forward)
-    if session.before is None and not session.stopped:
-        measure(session, forward)
-        session.before, session.after = session.after, None
+    try:
+        prepare_losses(session, forward)
+        if session.before is None and not session.stopped:
+            measure(session, forward)
+            session.before, session.after = session.after, None
+    except evaluate.StoppedError:
+        session.stopped = True
     if session.before is not None and session.saver is not None:
         checkpoint.write_notes(session.saver, validation_loss_before=session.before)
     if session.found is not None:
@@ -188,7 +202,7 @@ def start(session: Session, forward: Forward) -> None:
 
 
 def prepare_losses(session: Session, forward: Forward) -> None:
-    """A preference is one against the model that the job starts from; a job that is told to stop meanwhile makes no step."""
+    """A preference is one against the model that the job starts from."""
     asked = session.plan.prepared.objective.dpo
     if asked is None:
         return
@@ -199,7 +213,7 @@ def prepare_losses(session: Session, forward: Forward) -> None:
 
 
 def _reference(session: Session, forward: Forward, documents: Documents, part: str) -> torch.Tensor:
-    found = reference.measure(
+    return reference.measure(
         forward,
         documents,
         part,
@@ -212,8 +226,6 @@ def _reference(session: Session, forward: Forward, documents: Documents, part: s
         row_tokens=_row_tokens(session),
         stopping=lambda: session.stop.asked,
     )
-    session.stopped = session.stopped or found is None
-    return found if found is not None else torch.zeros(len(documents), dtype=torch.float64)
 
 
 # -- what is due after a step ------------------------------------------------------------------------------------------
@@ -261,8 +273,26 @@ def evaluation_due(session: Session) -> bool:
     return bool(every) and step % (every or 1) == 0 and step < last and not session.stopped
 
 
+def compare(session: Session, forward: Forward) -> None:
+    """Measures, and with `patience` keeps the state if it is the best so far. A rank that is asked to stop meanwhile stops
+    all: the next attempt measures again."""
+    try:
+        measure(session, forward)
+    except evaluate.StoppedError:
+        session.stopped = True
+        return
+    if session.best.patience is None or session.after is None:
+        return
+    better = session.best.see(session.engine.step, session.after)
+    if session.saver is not None:
+        checkpoint.write_notes(session.saver, **session.best.notes())
+        if better:
+            session.saver.pinned = session.engine.step
+            save(session)
+
+
 def measure(session: Session, forward: Forward) -> None:
-    """The validation loss, and what belongs to it, after the step that the engine is at."""
+    """The validation loss, and what belongs to it, after the step that the engine is at. Raises StoppedError."""
     found = _figures(session, forward)
     session.after = found["loss"] if found is not None else session.after
     session.reporter.update(validation_loss=session.after)
@@ -327,6 +357,25 @@ def write_proved(session: Session) -> None:
         session.unproved = None
 
 
+def choose(session: Session) -> None:
+    """With `patience`, the state with the lowest validation loss is the result; the engine gets it, on every rank."""
+    best, engine = session.best, session.engine
+    session.last_step = engine.step
+    if session.stopped or best.step is None or best.step == engine.step:
+        return
+    found = None
+    if session.saver is not None:
+        session.saver.wait()
+        found = checkpoint.at(session.run, best.step, *session.saver.marks())
+    found = session.gang.broadcast(found)
+    if found is None:
+        raise endings.TryAgainError(
+            f"the checkpoint of step {best.step}, which had the lowest validation loss, is not there"
+        )
+    engine.load(found.state, found.step)
+    session.after = best.loss
+
+
 # -- from the plan to a result -----------------------------------------------------------------------------------------
 
 
@@ -334,7 +383,10 @@ def run_rank(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> int:
     """Trains and, on the leader, leaves the result. Returns the exit code of a rank that did not fail."""
     began = time.monotonic()
     session = begin(plan, gang, stop, reporter)
+    trial.before(session)
     train(session)
+    choose(session)
+    trial.after(session)
     result = conclude(session, seconds=time.monotonic() - began)
     # Nobody leaves before the result is there: every worker reports it.
     gang.barrier()
