@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 from xml.sax.saxutils import escape
@@ -96,8 +97,9 @@ def picture(curves: Curves, *, width: int = 64, height: int = 10, unicode: bool 
     axes = Axes.of(curves)
     grid = [[" "] * width for _ in range(height)]
     marks = ("·", "●") if unicode else (".", "o")
-    for mark, points in zip(marks, (curves.training, curves.validation), strict=True):
-        for column, loss in _columns(points, axes, width):
+    training, validation = (_columns(points, axes, width) for points in (curves.training, curves.validation))
+    for mark, columns in zip(marks, (_joined(training), validation), strict=True):
+        for column, loss in columns:
             grid[height - 1 - round(axes.up(loss) * (height - 1))][column] = mark
     bar, corner, line = ("│", "└", "─") if unicode else ("|", "+", "-")
     labels = [f"{axes.top - (axes.top - axes.bottom) * row / (height - 1):8.3f}" for row in range(height)]
@@ -112,6 +114,16 @@ def _columns(points: Points, axes: Axes, width: int) -> list[tuple[int, float]]:
     for step, loss in points:
         columns.setdefault(round(axes.across(step) * (width - 1)), []).append(loss)
     return [(column, sum(losses) / len(losses)) for column, losses in columns.items()]
+
+
+def _joined(columns: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """With what lies between on a straight line, where there are fewer steps than columns."""
+    between = [
+        (column, left + (right - left) * (column - start) / (stop - start))
+        for (start, left), (stop, right) in pairwise(columns)
+        for column in range(start, stop)
+    ]
+    return [*between, columns[-1]]
 
 
 # -- SVG ---------------------------------------------------------------------------------------------------------------

@@ -227,6 +227,8 @@ class Setup:
     """Only the layers' inputs are kept, and each layer is computed again in the backward pass."""
     parameters: int | None = None
     """Of the base model, where they were counted; else by the shape."""
+    trained: int | None = None
+    """Parameters that are trained, where they were counted; else by the shape."""
 
     @property
     def size(self) -> int:
@@ -267,7 +269,7 @@ class Memory:
 
 
 def memory(shape: Shape, data: Data, setup: Setup) -> Memory:
-    trained = shape.lora(setup.rank, setup.targets, dora=setup.dora)
+    trained = setup.trained or shape.lora(setup.rank, setup.targets, dora=setup.dora)
     partial_sums = 1 + max(0, setup.micro_batches - 1).bit_length()
     rows = max(1, LOGITS[setup.device] // shape.vocabulary)
     scored = min(rows, math.ceil(data.learnt * setup.tokens))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pty
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,6 +22,9 @@ def chats(count: int) -> str:
         for i in range(count)
     ]
     return "".join(json.dumps(line) + "\n" for line in lines)
+
+
+TRAINING = {"training": [{"uri": "configmap://chats/train.jsonl"}]}
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Station:
             "metadata": {"name": "small"},
             "spec": {
                 "model": {"uri": "pvc://tuneward-store/imports/tiny"},
-                "datasets": {"training": [{"uri": "configmap://chats/train.jsonl"}]},
+                "datasets": TRAINING,
                 "workers": {"gpusPerWorker": 0},
                 **spec,
             },
@@ -68,6 +74,22 @@ class Station:
             [sys.executable, "-m", "tuneward_cli", *arguments],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=self.folder,
         )  # fmt: skip
+
+    def on_a_terminal(self, *arguments: str) -> tuple[int, str]:
+        """Exit code and what a terminal of 160 columns shows."""
+        ours, its = pty.openpty()
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tuneward_cli", *arguments],
+            stdin=its, stdout=its, stderr=its, cwd=self.folder, env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+        )  # fmt: skip
+        os.close(its)
+        shown = b""
+        # Reading from a terminal whose other end is closed is an error on Linux.
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 65536):
+                shown += piece
+        os.close(ours)
+        return process.wait(timeout=60), shown.decode(errors="replace")
 
     def train(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return self.tuneward("train", "job.yaml", "--store", str(self.store), *arguments)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.cli.station import Station, chats
+from tests.cli.station import TRAINING, Station, chats
 from tests.support.wait import wait_for
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -88,3 +88,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(station: Station) -> None:
     assert station.train("--restart").returncode == 0
     assert json.loads((station.run / "attempts/1/start.json").read_text())["fromStep"] == 0
     assert (station.run / "loss.svg").read_text().startswith("<svg ")
+
+
+def test_a_terminal_shows_the_curve_at_the_end(station: Station) -> None:
+    station.write(hyperparameters={"steps": 12, "batchTokens": 256}, datasets={**TRAINING, "validationFraction": 0.2})
+    code, shown = station.on_a_terminal("train", "job.yaml", "--store", str(station.store))
+    assert code == 0, shown
+    assert "└────" in shown
+    assert "step 0 " in shown
+    assert "loss  · training   ● validation" in shown
+    assert re.search(r"step 12/12, loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GiB", shown), shown
+    assert f"  loss curve: {station.run / 'loss.svg'}" in shown

@@ -201,8 +201,8 @@ def make_job(
 # -- gangs -----------------------------------------------------------------------------------------------------------
 
 
-_context = mp.get_context("forkserver")
-_context.set_forkserver_preload(["tests.trainer.preload"])
+context = mp.get_context("forkserver")
+context.set_forkserver_preload(["tests.trainer.preload"])
 
 
 def free_port() -> int:
@@ -248,7 +248,7 @@ class Gang:
         }
         (job.run / "status").mkdir(exist_ok=True)
         self.processes = [
-            _context.Process(target=_rank, args=(shared | {"RANK": str(rank)}, job.plan_file, self.log), daemon=True)
+            context.Process(target=_rank, args=(shared | {"RANK": str(rank)}, job.plan_file, self.log), daemon=True)
             for rank in range(world)
         ]
         for process in self.processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,13 +15,14 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from tests.trainer.jobs import DEADLINE, context, free_port
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tuneward_api.estimate import GIB, Data, Setup, Shape, memory, tokens_that_fit
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
-from tuneward_trainer import patches
+from tuneward_trainer import distributed, patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
@@ -279,3 +281,22 @@ def test_rows_are_as_many_as_fit_and_help(gib: int | None, length: int, choice: 
 
 def test_small_batches_are_not_filled_up() -> None:
     assert costs(MISTRAL_7B, sequence_length=512, batch_tokens=2048).choose(800 * GIB) == Choice(4)
+
+
+def _say_the_smallest(rank: int, port: int, file: Path) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
+    )
+    gang = distributed.join()
+    file.with_suffix(f".{rank}").write_text(str(gang.smallest((80 - 56 * rank) * GIB)))
+    gang.close()
+
+
+def test_all_ranks_take_what_the_smallest_gpu_holds(tmp_path: Path) -> None:
+    port = free_port()
+    ranks = [context.Process(target=_say_the_smallest, args=(rank, port, tmp_path / "said")) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(DEADLINE)
+    assert [(tmp_path / f"said.{rank}").read_text() for rank in range(2)] == [str(24 * GIB)] * 2

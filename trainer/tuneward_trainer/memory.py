@@ -74,6 +74,7 @@ class Costs:
             dropout=bool(method.dropout),
             device=device,
             parameters=parameters,
+            trained=method.trainable_parameters or None,
         )
         return cls(shape=shape, data=data, setup=setup, hyper=hyper, unit=unit)
 
