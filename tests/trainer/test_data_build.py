@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from tuneward_trainer.data.build import DataError, SourceCounts, Summary, build
+from tuneward_trainer.data.build import DataError, build
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.gathered import SourceCounts, Summary
 from tuneward_trainer.data.samples import Limits, Source
 
 

@@ -11,9 +11,10 @@ from tests.trainer.test_data_masks import APPENDS, STRIPS_REASONING, encoder, sh
 from transformers import AutoTokenizer
 
 from tuneward_trainer.data import formats, pairs
-from tuneward_trainer.data.build import DataError, Summary, build
+from tuneward_trainer.data.build import DataError, build
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.gathered import Summary
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Limits, Source
 

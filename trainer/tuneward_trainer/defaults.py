@@ -12,8 +12,8 @@ from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
 from tuneward_api.objective import DPO, ObjectiveType, ResolvedDPO, ResolvedObjective, kind_of
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
 from tuneward_trainer import packing
-from tuneward_trainer.data.build import Summary
 from tuneward_trainer.data.fit import OnTooLong
+from tuneward_trainer.data.gathered import Summary
 from tuneward_trainer.data.samples import Limits
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.report import config_bad

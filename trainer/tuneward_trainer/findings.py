@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer.data import show
-from tuneward_trainer.data.build import Gathered, SourceCounts
 from tuneward_trainer.data.corrected import Corrected
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.fit import Fate
+from tuneward_trainer.data.gathered import Gathered, SourceCounts
 from tuneward_trainer.data.overlap import Overlap, duplicates, leaks
 from tuneward_trainer.data.problems import Lines
 from tuneward_trainer.data.show import Shown

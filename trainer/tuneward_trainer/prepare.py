@@ -27,8 +27,10 @@ from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT, ExitCode
 from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_api.uris import parse_uri
 from tuneward_trainer import defaults, grade, memory, models
-from tuneward_trainer.data.build import ERRORS, DataError, Summary, build
+from tuneward_trainer.data.build import ERRORS, DataError, build
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
+from tuneward_trainer.data.gathered import Summary
+from tuneward_trainer.data.journal import JOURNAL
 from tuneward_trainer.data.samples import Limits, Source
 from tuneward_trainer.facts import Facts, chat_template_digest, examine, load_tokenizer, stop_ids
 from tuneward_trainer.report import EndError, config_bad, emit, ending, input_missing, model_unsupported, start_logging
@@ -220,7 +222,8 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     target = places.store / sub_path
     with alone(target):
         if not manifest.complete(target):
-            shutil.rmtree(target, ignore_errors=True)
+            if not (target / JOURNAL).exists():
+                shutil.rmtree(target, ignore_errors=True)
             for part in (TRAINING, VALIDATION):
                 make_directory(target / part)
             _fill(target, folder, training, validation, datasets, limits, inputs)

@@ -21,10 +21,11 @@ from tuneward_api.objective import PAIRS, SUPERVISED, ResolvedObjective
 from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer import defaults, models
 from tuneward_trainer.data import corrected, show
-from tuneward_trainer.data.build import Gathered, gather
+from tuneward_trainer.data.build import gather
 from tuneward_trainer.data.corrected import Corrected
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.gathered import Gathered
 from tuneward_trainer.data.render import LossOn
 from tuneward_trainer.data.samples import Limits, Source, Worker
 from tuneward_trainer.facts import Facts, examine, load_tokenizer, stop_ids

@@ -12,6 +12,8 @@ encode.py     texts -> ids and one loss weight a token
 samples.py    all of this for a batch of lines
 crew.py       batches through several processes
 documents.py  the cache on disk that training reads
+journal.py    how far a pass over all files came, for the next process
+gathered.py   what such a pass found
 overlap.py    samples that occur twice
 show.py       a sample's tokens, with what is learnt of them
 corrected.py  files without their bad samples

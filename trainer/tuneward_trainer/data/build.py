@@ -8,20 +8,20 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Final, Literal, TypeAlias
+from typing import Final
 
 import numpy as np
 
-from tuneward_trainer.data import formats
+from tuneward_trainer.data import journal
 from tuneward_trainer.data.crew import WORTH, Crew, crew
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.files import ENDINGS
-from tuneward_trainer.data.fit import Fate
+from tuneward_trainer.data.gathered import SUMMARY, Gathered, Part, SourceCounts, Summary
+from tuneward_trainer.data.journal import Reached
 from tuneward_trainer.data.overlap import duplicates, leaks
 from tuneward_trainer.data.problems import Lines, Problem, Problems, SampleError
 from tuneward_trainer.data.samples import Done, Limits, Source, Worker, batches
@@ -30,89 +30,12 @@ from tuneward_trainer.packing import mix
 
 log = logging.getLogger(__name__)
 
-Part: TypeAlias = Literal["training", "validation"]
-SUMMARY: Final = "summary.json"
 ERRORS: Final = "errors.txt"
 """Below the cache: what is wrong with the samples that were left out as invalid; absent where none was."""
 _SAY_EVERY: Final = 10.0
 """Seconds between two lines of progress."""
-
-
-@dataclass
-class SourceCounts:
-    """What one source gives to a part. Tokens are those of one epoch, copies counted; samples are counted once."""
-
-    uri: str
-    part: Part
-    files: int = 1
-    format: formats.Format | None = None
-    samples: int = 0
-    documents: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    split: int = 0
-    truncated: int = 0
-    skipped: int = 0
-    invalid: int = 0
-
-
-@dataclass
-class Summary:
-    """What was found, in all and by source; counted as SourceCounts are."""
-
-    samples: int = 0
-    documents: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    validation_samples: int = 0
-    longest: int = 0
-    duplicates: int = 0
-    in_both: int = 0
-    split: int = 0
-    truncated: int = 0
-    skipped: int = 0
-    invalid: int = 0
-    ignored_fields: dict[str, int] = field(default_factory=dict)
-    sources: list[SourceCounts] = field(default_factory=list)
-
-    def notes(self) -> list[str]:
-        """What is no error but worth a line."""
-        found = [
-            (self.duplicates, "samples occur more than once"),
-            (self.in_both, "validation samples are training samples too: the validation loss flatters"),
-            (self.split, "samples were split, as they are longer than sequenceLength"),
-            (self.truncated, "samples were cut at their end"),
-            (self.skipped, "samples were left out as too long"),
-            (self.invalid, "samples were left out as invalid (invalidSampleSkipPercentage); errors.txt names them"),
-        ]
-        fields = [(count, f"samples have the field {name}, which is ignored") for name, count in self.ignored_fields.items()]
-        return [f"{count} {text}" for count, text in found + fields if count]
-
-    @classmethod
-    def read(cls, folder: Path) -> Summary:
-        found = json.loads((folder / SUMMARY).read_text())
-        return cls(**{**found, "sources": [SourceCounts(**counts) for counts in found["sources"]]})
-
-
-@dataclass
-class Gathered:
-    """What a pass over all files found, good and bad. `read`: lines; `fates`: samples that were too long."""
-
-    problems: Problems = field(default_factory=Problems)
-    summary: Summary = field(default_factory=Summary)
-    fates: dict[Fate, Lines] = field(default_factory=dict)
-    read: int = 0
-    skip_percentage: float = 0.0
-
-    @property
-    def refused(self) -> bool:
-        """Whether there is more wrong than may be left out."""
-        return bool(self.problems.broken) or len(self.problems.bad) * 100 > self.skip_percentage * self.read
-
-    def add_unless_refused(self, problem: Problem) -> None:
-        """What may only follow from other problems is said where there are none."""
-        if not self.refused:
-            self.problems.add_broken(problem)
+_SAVE_EVERY: Final = 30.0
+"""Seconds of work that a kill may cost."""
 
 
 class DataError(Exception):
@@ -150,10 +73,13 @@ def gather(
 ) -> Gathered:
     """Writes both parts of the good samples below `folder`, whatever is wrong with others."""
     found = Gathered(skip_percentage=limits.invalid)
+    reached = journal.load(folder, found) if keep_tokens else None
     with crew(Worker(encoder, limits), _processes([*training, *validation])) as workers:
-        reader = _Reader(workers, found, keep_tokens=keep_tokens)
-        reader.write(folder, TRAINING, training)
-        reader.write(folder, VALIDATION, validation)
+        reader = _Reader(folder, workers, found, keep_tokens=keep_tokens)
+        if reached is None or reached.part == TRAINING:
+            reader.write(TRAINING, training, reached)
+        reader.write(VALIDATION, validation, reached if reached is not None and reached.part == VALIDATION else None)
+    journal.remove(folder)
     if limits.fraction:
         _hold_out(folder, limits.fraction, found, keep_tokens=keep_tokens)
     _count(folder, found, held_out=bool(limits.fraction))
@@ -168,46 +94,64 @@ def _processes(sources: Sequence[Source]) -> int:
 class _Reader:
     """Reads, renders, tokenizes and writes; adds to `found` what it meets."""
 
-    def __init__(self, workers: Crew, found: Gathered, *, keep_tokens: bool) -> None:
+    def __init__(self, folder: Path, workers: Crew, found: Gathered, *, keep_tokens: bool) -> None:
+        self._folder = folder
         self._workers = workers
         self._found = found
         self._keep_tokens = keep_tokens
-        self._ignored: Counter[str] = Counter()
-        self._said = time.monotonic()
+        self._said = self._saved = time.monotonic()
 
-    def write(self, folder: Path, part: Part, sources: Sequence[Source]) -> None:
+    def write(self, part: Part, sources: Sequence[Source], reached: Reached | None) -> None:
+        """From the first source on, or from where an earlier process came to."""
         uris = [uri for source in sources for uri, _ in source.files()]
-        with DocumentWriter(folder / part, uris, keep_tokens=self._keep_tokens) as writer:
-            first = 0
-            for source in sources:
-                counts = SourceCounts(source.uri, part, len(source.files()), source.detected())
-                self._found.summary.sources.append(counts)
-                self._source(writer, source, counts, first)
-                first += counts.files
-        self._found.summary.ignored_fields = dict(self._ignored)
+        sizes = reached.sizes if reached is not None else None
+        with DocumentWriter(self._folder / part, uris, keep_tokens=self._keep_tokens, sizes=sizes) as writer:
+            place = Reached(part, 0, 0, 0)
+            for number, source in enumerate(sources):
+                files = len(source.files())
+                if reached is None or number > reached.source:
+                    counts = SourceCounts(source.uri, part, files, source.detected())
+                    self._found.summary.sources.append(counts)
+                    self._source(writer, source, counts, replace(place, source=number))
+                elif number == reached.source:
+                    self._source(writer, source, self._found.summary.sources[-1], place, reached)
+                place = replace(place, file=place.file + files)
+            if self._keep_tokens:
+                writer.sync()  # a journal that is written later counts on it
 
-    def _source(self, writer: DocumentWriter, source: Source, counts: SourceCounts, first: int) -> None:
-        """`first`: index of its first file."""
+    def _source(
+        self, writer: DocumentWriter, source: Source, counts: SourceCounts, place: Reached, reached: Reached | None = None
+    ) -> None:
+        """`place`: its first file; `reached`: the line of one of its files, up to which all is written."""
         problems = self._found.problems
         read, broken = self._found.read, problems.broken
-        for index, (uri, path) in enumerate(source.files(), first):
-            for done in self._work(uri, path, source, counts):
-                for line, documents, digest in done.good:
+        for index, (uri, path) in enumerate(source.files(), place.file):
+            if reached is not None and index < reached.file:
+                continue
+            after = reached.line if reached is not None and index == reached.file else 0
+            for line, done in self._work(uri, path, source, counts, after):
+                for sample, documents, digest in done.good:
                     parts = [(document.ids, document.weights) for document in documents]
-                    writer.add_sample(parts, file=index, line=line, copies=source.copies, digest=digest)
-        if self._found.read == read and problems.broken == broken:
+                    writer.add_sample(parts, file=index, line=sample, copies=source.copies, digest=digest)
+                self._save(writer, replace(reached or place, file=index, line=line))
+        if self._found.read == read and problems.broken == broken and reached is None:
             seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"
             problems.add_broken(Problem(source.uri, 0, "the source", seen, "at least one sample"))
 
-    def _work(self, uri: str, path: Path, source: Source, counts: SourceCounts) -> Iterator[Done]:
-        """What became of each batch of a file, in order, counted."""
-        line = 0
+    def _save(self, writer: DocumentWriter, place: Reached) -> None:
+        if self._keep_tokens and time.monotonic() - self._saved >= _SAVE_EVERY:
+            journal.save(self._folder, replace(place, sizes=writer.sync()), self._found)
+            self._saved = time.monotonic()
+
+    def _work(self, uri: str, path: Path, source: Source, counts: SourceCounts, after: int) -> Iterator[tuple[int, Done]]:
+        """(last line, what became of it) of each batch of a file behind a line, in order, counted."""
+        line = after
         try:
-            for batch, done in self._workers.work(batches(path, counts.format, source.fields)):
+            for batch, done in self._workers.work(batches(path, counts.format, source.fields, after=after)):
                 line = batch.records[-1][0]
                 self._found.read += len(batch.records)
                 self._note(done, uri, counts)
-                yield done
+                yield line, done
         except SampleError as error:  # the file itself is broken after this line
             for problem in error.at(uri, line + 1):
                 self._found.problems.add_broken(problem)
@@ -220,7 +164,8 @@ class _Reader:
         for line, fate in done.fates:
             found.fates.setdefault(fate, Lines()).add(uri, line)
             setattr(counts, fate, getattr(counts, fate) + 1)
-        self._ignored.update(done.ignored)
+        for name, count in done.ignored.items():
+            found.summary.ignored_fields[name] = found.summary.ignored_fields.get(name, 0) + count
         found.summary.longest = max(found.summary.longest, done.longest)
         if time.monotonic() - self._said > _SAY_EVERY:
             self._said = time.monotonic()

@@ -22,9 +22,10 @@ weights are left out: everything but `Documents[i]` still holds.
 from __future__ import annotations
 
 import json
+import os
 import struct
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -135,16 +136,24 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 class DocumentWriter:
     """Appends documents to a part's files; memory does not grow with their number. Use as a context manager.
 
-    `keep_tokens`: whether ids and weights are written, or only counted.
+    `keep_tokens`: whether ids and weights are written, or only counted. `sizes`: what `sync` said, to go on from there.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[str], *, keep_tokens: bool = True) -> None:
+    def __init__(
+        self, folder: Path, sources: Sequence[str], *, keep_tokens: bool = True, sizes: Mapping[str, int] | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / _SOURCES).write_text(json.dumps(list(sources), ensure_ascii=False, indent=1) + "\n")
         # Closed in __exit__: the writer itself is the context manager.
-        self._files = {name: (folder / file).open("wb") for name, (file, _) in _COLUMNS.items()}
+        mode = "wb" if sizes is None else "r+b"
+        self._files = {name: (folder / file).open(mode) for name, (file, _) in _COLUMNS.items()}
         self._keep_tokens = keep_tokens
         self._written = 0
+        if sizes is not None:
+            self._written = sizes["ids"] // np.dtype(_COLUMNS["ids"][1]).itemsize
+            for name, file in self._files.items():
+                file.truncate(sizes[name])
+                file.seek(sizes[name])
 
     def add(self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int) -> None:
         """A sample of one document."""
@@ -185,6 +194,13 @@ class DocumentWriter:
         for name, values in columns.items():
             self._files[name].write(np.asarray(values * copies, _COLUMNS[name][1]).tobytes())
 
+    def sync(self) -> dict[str, int]:
+        """Bytes of each file, which are on the disk by then."""
+        for file in self._files.values():
+            file.flush()
+            os.fsync(file.fileno())
+        return {name: file.tell() for name, file in self._files.items()}
+
     def __enter__(self) -> Self:
         return self
 
@@ -195,6 +211,12 @@ class DocumentWriter:
 
 def _little(values: array[int]) -> bytes:
     return np.asarray(values, dtype="<i4").tobytes()
+
+
+def holds(folder: Path, sizes: Mapping[str, int]) -> bool:
+    """Whether all files of a part are at least as long."""
+    paths = {name: folder / file for name, (file, _) in _COLUMNS.items()}
+    return all(path.is_file() and path.stat().st_size >= sizes[name] for name, path in paths.items())
 
 
 def keep(folder: Path, wanted: NDArray[np.bool_]) -> None:

@@ -91,13 +91,15 @@ class Done:
     fates: list[tuple[int, fit.Fate]] = field(default_factory=list)
 
 
-def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str]) -> Iterator[Batch]:
-    """A file in pieces of some hundred lines or a megabyte. Raises SampleError where the file itself is broken, after
-    all that stands before."""
+def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str], *, after: int = 0) -> Iterator[Batch]:
+    """A file from behind a line on, in pieces of some hundred lines or a megabyte. Raises SampleError where the file itself
+    is broken, after all that stands before."""
     records: list[Record] = []
     size = 0
     try:
         for line, content in read(path):
+            if line <= after:
+                continue
             records.append((line, content))
             size += len(content) if isinstance(content, bytes) else 0
             if len(records) == _RECORDS or size > _BYTES:
