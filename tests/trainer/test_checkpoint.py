@@ -24,12 +24,12 @@ def state(value: float) -> dict[str, torch.Tensor]:
     return {"w": torch.full((3,), value), "exp_avg.w": torch.zeros(3), "exp_avg_sq.w": torch.zeros(3)}
 
 
-def snapshot(step: int) -> checkpoint.Snapshot:
-    return checkpoint.Snapshot(step, state(step), [float(step)])
+def snapshot(step: int, facts: dict[str, Any] = FACTS) -> checkpoint.Snapshot:
+    return checkpoint.Snapshot(step, state(step), {**facts, "watch": {"sound": [float(step)], "suspects": []}})
 
 
 def write(run: Path, step: int, *, attempt: int = 1, facts: dict[str, Any] = FACTS) -> Path:
-    return run / checkpoint.write(run, snapshot(step), attempt=attempt, facts=facts).directory
+    return run / checkpoint.write(run, snapshot(step, facts), attempt=attempt).directory
 
 
 def newest_step(run: Path) -> int | None:
@@ -45,7 +45,7 @@ def test_the_newest_complete_one_of_any_attempt_is_taken(tmp_path: Path) -> None
     found = checkpoint.newest(tmp_path, IDENTITY, HERE)
     assert found is not None
     assert (found.step, found.resume, found.notes) == (9, "exact", {"validation_loss_before": 2.0})
-    assert found.losses == [9.0]
+    assert found.watch == {"sound": [9.0], "suspects": []}
     assert torch.equal(found.state["w"], torch.full((3,), 9.0))
     assert found.saved.directory == "checkpoints/step-00000009.a1"
 

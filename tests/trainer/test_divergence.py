@@ -110,7 +110,7 @@ def test_it_remembers_no_more_than_it_compares_with() -> None:
     for step in range(200):
         watch.see(float(step % 3))
     assert len(watch.sound) == 80
-    again = LossWatch(UNIFORM, sound=json.loads(json.dumps(watch.sound)))
+    again = LossWatch(UNIFORM, **json.loads(json.dumps(watch.memory())))
     assert again == watch
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: `checkpoints/step-00000100.a<attempt>/`, complete once MANIFEST.json is there.
 
-One holds the trained tensors, the optimizer's state, the step, and the last losses, by which a divergence is known;
+One holds the trained tensors, the optimizer's state, the step, and what tells a divergence (the last losses);
 order, learning rate and dropout follow from the step. Beside it the manifest of circumstances: another base, data or
 shape refuses a resume, another torch, device or thread count makes it `equivalent` instead of `exact` and loses nothing.
 """
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is written: a copy, and the losses of the last steps up to it."""
+    """What is written: a copy, and all that belongs to it as it is at its step; it may be written later."""
 
     step: int
     state: State
-    losses: list[float]
+    facts: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Checkpoint:
 
     step: int
     state: State
-    losses: list[float]
+    watch: dict[str, list[float]]
+    """What `divergence.LossWatch` remembered."""
     resume: str
     """exact, or equivalent and why."""
     saved: SavedCheckpoint
@@ -122,20 +123,20 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
     return Checkpoint(
         step=step,
         state=load_file(folder / "state.safetensors"),
-        losses=facts.get("losses", []),
+        watch=facts.get("watch", {}),
         resume=f"equivalent ({', '.join(changes)})" if changes else "exact",
         saved=SavedCheckpoint(step=step, digest=digest, saved_at=facts["savedAt"], directory=f"{FOLDER}/{folder.name}"),
         notes=facts.get("notes", {}),
     )
 
 
-def write(run: Path, snapshot: Snapshot, *, attempt: int, facts: dict[str, Any]) -> SavedCheckpoint:
+def write(run: Path, snapshot: Snapshot, *, attempt: int) -> SavedCheckpoint:
     """Writes and syncs all files, the manifest last: killed or out of space on the way, it is no checkpoint."""
     folder = run / FOLDER / f"step-{snapshot.step:08d}.a{attempt}"
     folder.mkdir(parents=True, exist_ok=True)
     saved_at = now()
     save_file(snapshot.state, folder / "state.safetensors")
-    body = {**facts, "losses": snapshot.losses, "savedAt": saved_at}
+    body = {**snapshot.facts, "savedAt": saved_at}
     (folder / "state.json").write_text(json.dumps(body, sort_keys=True))
     digest = manifest.write_manifest(folder)
     return SavedCheckpoint(step=snapshot.step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
@@ -211,7 +212,7 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         self._error = None
         try:
-            self.last = write(self._run, snapshot, attempt=self._attempt, facts=self.facts)
+            self.last = write(self._run, snapshot, attempt=self._attempt)
             prune(self._run, keep=self._keep, attempt=self._attempt, pinned=self.pinned)
         except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
             self._error = error if isinstance(error, OSError) else OSError(str(error))

@@ -65,6 +65,10 @@ class LossWatch:
         far = max(FACTOR * self.highest, self.highest + DISTANCE)
         return far if len(self.sound) >= FEW else max(far, self.uniform)
 
+    def memory(self) -> dict[str, list[float]]:
+        """For `LossWatch(uniform, **memory)` after a restart."""
+        return {"sound": list(self.sound), "suspects": list(self.suspects)}
+
     def see(self, loss: float, *, last: bool = False) -> bool:
         """Takes in the next step's loss; whether the training has diverged. `last`: no step comes after it."""
         bar = self.bar

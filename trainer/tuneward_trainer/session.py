@@ -157,7 +157,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         found=found,
         saver=saver,
         log=rundir.MetricsLog(run, attempt) if gang.leads else None,
-        watch=LossWatch(uniform_loss(base, prepared.objective.type), sound=found.losses if found is not None else []),
+        watch=LossWatch(uniform_loss(base, prepared.objective.type), **(found.watch if found is not None else {})),
         saved_step=step,
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
         before=notes.get("validation_loss_before"),

@@ -288,7 +288,8 @@ def compare(session: Session, forward: Forward) -> None:
         checkpoint.write_notes(session.saver, **session.best.notes())
         if better:
             session.saver.pinned = session.engine.step
-            save(session)
+            # No validation loss was lower, so the state is a good one.
+            save(session, proved=True)
 
 
 def measure(session: Session, forward: Forward) -> None:
@@ -342,12 +343,19 @@ def checkpoint_due(session: Session) -> bool:
     return time.monotonic() - session.saved_at >= every_seconds
 
 
-def save(session: Session) -> None:
-    """Copies the state; it is written at once only where no further step will tell whether it is any good."""
-    session.saved_at, session.saved_step = time.monotonic(), session.engine.step
-    session.unproved = checkpoint.Snapshot(session.engine.step, session.engine.save(), list(session.watch.sound))
-    if session.stopped or session.engine.step == session.plan.prepared.hyperparameters.steps:
-        write_proved(session)
+def save(session: Session, *, proved: bool = False) -> None:
+    """The leader alone. Copies the state; it is written at once only where it is `proved` to be good, or where no further
+    step will tell."""
+    saver, engine, hyper = session.saver, session.engine, session.plan.prepared.hyperparameters
+    if saver is None:
+        return
+    session.saved_at, session.saved_step = time.monotonic(), engine.step
+    facts = {**saver.facts, "watch": session.watch.memory()}
+    snapshot = checkpoint.Snapshot(engine.step, engine.save(), facts)
+    at_once = proved or session.stopped or engine.step == hyper.steps
+    session.unproved = None if at_once else snapshot
+    if at_once:
+        saver.save(snapshot)
 
 
 def write_proved(session: Session) -> None:
