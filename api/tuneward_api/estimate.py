@@ -57,7 +57,9 @@ class Shape:
     head_norms: bool = False
     """Queries and keys are normed."""
     fused: bool = False
-    """Queries, keys and values are one Linear, and so are gate and up (Phi-3)."""
+    """Queries, keys and values are one Linear (Phi-3)."""
+    fused_mlp: bool = False
+    """Gate and up are one Linear (Phi-3, GLM)."""
     gated: bool = True
     squashed: bool = False
     """Attention scores are soft-capped, which no kernel does: they are written out."""
@@ -118,7 +120,7 @@ class Shape:
         inner = self.shared if self.experts else self.inner
         if not inner:
             return found
-        if self.fused:
+        if self.fused_mlp:
             return found | {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
         if not self.gated:
             return found | {"c_fc": (hidden, inner), "c_proj": (inner, hidden)}
@@ -170,7 +172,10 @@ _FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "gemma3_text": {"norms": 4, "head_norms": True, "ropes": 2},
     "qwen3": {"head_norms": True},
     "olmo2": {"norms_first": False, "head_norms": True},
-    "phi3": {"fused": True},
+    "olmo3": {"norms_first": False, "head_norms": True},
+    "phi3": {"fused": True, "fused_mlp": True},
+    "glm": {"fused_mlp": True},
+    "glm4": {"fused_mlp": True, "norms": 4},
     "starcoder2": {"gated": False},
     "mixtral": {},
     "qwen3_moe": {"head_norms": True},
@@ -358,7 +363,7 @@ def _saved_by_mlp(shape: Shape, setup: Setup) -> float:
 
 def _saved_by_dense(shape: Shape, setup: Setup, inner: int) -> float:
     size, adapted = setup.size, shape.adapted(setup.targets)
-    names = ("gate_up_proj",) if shape.fused else ("gate_proj", "up_proj") if shape.gated else ("c_fc",)
+    names = ("gate_up_proj",) if shape.fused_mlp else ("gate_proj", "up_proj") if shape.gated else ("c_fc",)
     out = "down_proj" if shape.gated else "c_proj"
     saved = _adapter_rows(shape, setup, *names, out)
     saved += size * shape.hidden if any(name in adapted for name in names) else 0
@@ -371,7 +376,7 @@ def _saved_by_dense(shape: Shape, setup: Setup, inner: int) -> float:
 def _gate_again(shape: Shape, setup: Setup) -> bool:
     """Whether the patch computes act(gate) and its product with up again: it needs both as Linears, and LoRA on the last."""
     adapted = "down_proj" in shape.adapted(setup.targets)
-    return adapted and not shape.fused and not setup.dropout and not setup.dora
+    return adapted and not shape.fused_mlp and not setup.dropout and not setup.dora
 
 
 def _work(shape: Shape, data: Data, setup: Setup) -> int:

@@ -92,7 +92,8 @@ def killed(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Killed:
         step = steps_of(demo, 1)[-1]
         kill_the_cluster(demo)
         demo.command.ok("up")
-        wait_for(lambda: at(step + 1), what="a step after the cluster's return", timeout=120, interval=0.2)
+        # A checkpoint is written when the step after it has gone well.
+        wait_for(lambda: at(step + 2), what="steps after the cluster's return", timeout=120, interval=0.2)
         os.kill(process_of("tuneward_operator", "run", within=demo), signal.SIGKILL)
         os.kill(process_of("tuneward_trainer", "train", within=demo, JOB_COMPLETION_INDEX="1"), signal.SIGKILL)
         return Killed(file, wait_for(ended, what="the end", timeout=600), step)

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.datasets import Dataset, Datasets
+from tuneward_api.estimate import GIB
 from tuneward_api.estimate import Data as Statistics
 from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request, termination_message
 from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
@@ -115,7 +116,10 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     )
     data = memory.statistics(lengths, summary.target_tokens)
     costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
-    choice = costs.choose(memory.worker_memory(spec) if costs.setup.device == "cpu" else None) if costs else memory.Choice(1)
+    room = memory.worker_memory(spec) if memory.device_of(spec) == "cpu" else None
+    choice = costs.choose(room) if costs else memory.Choice(1)
+    if costs and room and (needed := costs.memory(choice).resident) > room:
+        log.warning("about %.1f GiB are needed, and the job gives a worker %.1f", needed / GIB, room / GIB)
     return Prepared(
         base=base_of(found, facts, tokenizer),
         data=Data(sub_path=cache.sub_path, summary=_resolved(cache.digest, summary)),
