@@ -79,7 +79,8 @@ def _entry(path: str, content: bytes) -> dict[str, Any]:
 def hub(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     wanted = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     files = {name: (smollm2 / name).read_bytes() for name in wanted}
-    held = Hub(files | {"model.safetensors": b"weights", "pytorch_model.bin": b"no", "consolidated.safetensors": b"no"})
+    files |= {"model.safetensors": b"weights", "tokenizer.model.v3": b"Mistral's"}
+    held = Hub(files | {"pytorch_model.bin": b"no", "consolidated.safetensors": b"no"})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler(held))
     held.address = f"http://127.0.0.1:{server.server_port}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", held.address)
@@ -126,6 +127,7 @@ def test_a_model_is_fetched_once_and_pinned(room: Path, hub: Hub) -> None:
         "config.json",
         "model.safetensors",
         "tokenizer.json",
+        "tokenizer.model.v3",
         "tokenizer_config.json",
     ]
     hub.asked.clear()

@@ -1,8 +1,7 @@
-"""What prepare must know about a base model before anything is loaded: counts, layers, limits, tokenizer."""
+"""What prepare must know about a base model before anything is loaded: counts, layers, limits."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,25 +60,6 @@ def _refuse_quantised(raw: dict[str, Any]) -> None:
         )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Raises EndError (ModelUnsupported) where the tokenizer is missing or knows no offsets."""
-    from transformers import AutoTokenizer
-
-    try:
-        # Where mistral-common is installed, Mistral's models would get a tokenizer of another kind.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, mistral_format=False
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise model_unsupported(f"the base model's tokenizer cannot be read: {error}") from error
-    if not getattr(tokenizer, "is_fast", False):
-        raise model_unsupported(
-            f"the base model's tokenizer ({type(tokenizer).__name__}) gives no offsets, so no exact loss mask; "
-            "use a model with a tokenizer.json"
-        )
-    return tokenizer
-
-
 def stop_ids(folder: Path) -> list[int]:
     """Ids at which generation ends, from generation_config.json."""
     try:
@@ -89,12 +69,3 @@ def stop_ids(folder: Path) -> list[int]:
     if isinstance(found, int):
         return [found]
     return [int(number) for number in found or []]
-
-
-def chat_template_digest(tokenizer: Any) -> str | None:
-    """sha256 of the template's text: a served model must render as the trained one did."""
-    template = tokenizer.chat_template
-    if not template:
-        return None
-    text = template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    return "sha256:" + hashlib.sha256(text.encode()).hexdigest()

@@ -10,10 +10,11 @@ from tuneward_api.conditions import Reason
 from tuneward_api.files import FetchReport, FetchRequest
 from tuneward_api.names import ExitCode
 from tuneward_trainer import models
-from tuneward_trainer.facts import examine, load_tokenizer
+from tuneward_trainer.facts import examine
 from tuneward_trainer.prepare import base_of
 from tuneward_trainer.report import config_bad, emit, ending, input_missing, start_logging
 from tuneward_trainer.store import Places, make_directory
+from tuneward_trainer.tokenizer import load_tokenizer
 
 
 def main(request_file: Path) -> int:

@@ -22,7 +22,7 @@ from tuneward_trainer.report import EndError, input_missing, try_again
 
 log = logging.getLogger(__name__)
 
-_WANTED: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
+_WANTED: Final = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.model.v*", "*.md", "LICENSE*")
 _UNWANTED: Final = ("*/*", "consolidated*", "training_args*")
 """Second copies of the weights in their makers' own formats, which are mostly kept in subfolders."""
 _SAY_EVERY: Final = 10.0

@@ -33,17 +33,17 @@ from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.data.gathered import Summary
 from tuneward_trainer.data.journal import JOURNAL
 from tuneward_trainer.data.samples import Limits, Source
-from tuneward_trainer.facts import Facts, chat_template_digest, examine, load_tokenizer, stop_ids
+from tuneward_trainer.facts import Facts, examine, stop_ids
 from tuneward_trainer.report import EndError, config_bad, emit, ending, input_missing, model_unsupported, start_logging
 from tuneward_trainer.schedule import documents_a_unit
 from tuneward_trainer.store import Places, alone, make_directory
+from tuneward_trainer.tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
 _CACHE_VERSION: Final = 4
 """Raised when the same bytes would give other tokens or masks, or the cache holds other files."""
-_TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 
 def main(request_file: Path) -> int:
@@ -161,7 +161,7 @@ def check_task(request: Request) -> None:
             raise config_bad(f"spec.evaluation.task.jsonSchema is no JSON Schema: {error}") from error
 
 
-def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:
+def base_of(found: models.Found, facts: Facts, tokenizer: Tokenizer) -> Base:
     return Base(
         uri=found.uri,
         key=found.key,
@@ -170,7 +170,7 @@ def base_of(found: models.Found, facts: Facts, tokenizer: Any) -> Base:
         parameters=facts.parameters,
         claim=found.claim,
         sub_path=found.sub_path,
-        chat_template_digest=chat_template_digest(tokenizer),
+        chat_template_digest=tokenizer.chat_digest,
     )
 
 
@@ -204,7 +204,7 @@ class Inputs:
     """What tokens depend on beside the data and the job."""
 
     model: Path
-    tokenizer: Any
+    tokenizer: Tokenizer
     longest: int
 
 
@@ -246,9 +246,7 @@ def _fill(
     limits: Limits,
     inputs: Inputs,
 ) -> None:
-    from tuneward_trainer.data.encode import Encoder
-
-    encoder = Encoder(inputs.tokenizer, datasets.loss_on or "Assistant", stop_ids(inputs.model))
+    encoder = inputs.tokenizer.encoder(datasets.loss_on or "Assistant")
     try:
         build(target, training=training, validation=validation, encoder=encoder, limits=limits)
     except DataError as error:
@@ -295,9 +293,11 @@ def cache_key(
     """sha256 over everything that the tokens and masks depend on."""
     parts = {
         "version": _CACHE_VERSION,
-        "tokenizer": [
-            manifest.hash_file(inputs.model / name) for name in _TOKENIZER_FILES if (inputs.model / name).is_file()
-        ],
+        "tokenizer": {
+            name: manifest.hash_file(inputs.model / name)
+            for name in inputs.tokenizer.files
+            if (inputs.model / name).is_file()
+        },
         "stops": stop_ids(inputs.model),
         "lossOn": datasets.loss_on or "Assistant",
         "limits": asdict(limits),

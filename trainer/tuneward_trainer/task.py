@@ -23,6 +23,7 @@ from tuneward_trainer import grade
 from tuneward_trainer.data.documents import Document, Documents
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.evaluate import heed
+from tuneward_trainer.tokenizer import Tokenizer
 
 logger = logging.getLogger("tuneward_trainer")
 
@@ -59,7 +60,7 @@ def answer_start(document: Document) -> int:
 
 
 def answers(
-    model: Any, tokenizer: Any, documents: Documents, task: Task, gang: Gang, *, stopping: Callable[[], bool]
+    model: Any, tokenizer: Tokenizer, documents: Documents, task: Task, gang: Gang, *, stopping: Callable[[], bool]
 ) -> list[Answer]:
     """On every rank the answers of all. Raises StoppedError where `stopping()` became true on any rank."""
     asked, ask = chosen(documents, task), _Asked(model, tokenizer, task, gang.device, stopping)
@@ -75,7 +76,9 @@ def answers(
 class _Asked:
     """The model with its tokenizer, and how its answers are graded."""
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, device: torch.device, stopping: Callable[[], bool]) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Tokenizer, task: Task, device: torch.device, stopping: Callable[[], bool]
+    ) -> None:
         self._model, self._tokenizer, self._task, self._device = model, tokenizer, task, device
         self._schema = json.loads(task.json_schema) if task.json_schema is not None else None
         self._ends = stop_tokens(model, tokenizer)
@@ -90,7 +93,7 @@ class _Asked:
         return Answer(
             file=document.file,
             line=document.line,
-            prompt=str(self._tokenizer.decode(prompt)),
+            prompt=self._tokenizer.decode(prompt),
             expected=expected,
             answer=answer,
             right=grade.accepts(grader, answer, expected, self._schema) if grader is not None else None,
@@ -116,10 +119,10 @@ class _Asked:
         """Without what ends it. Other special tokens stay: some templates write tool calls with them."""
         while ids and ids[-1] in self._ends:
             ids = ids[:-1]
-        return str(self._tokenizer.decode(ids)).strip()
+        return self._tokenizer.decode(ids).strip()
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens(model: Any, tokenizer: Tokenizer) -> set[int]:
     """Ids at which generation ends, as an engine has them."""
     found = getattr(model.generation_config, "eos_token_id", None)
     listed = found if isinstance(found, list) else [found]

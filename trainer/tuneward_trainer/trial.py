@@ -11,8 +11,8 @@ import time
 from tuneward_api import names
 from tuneward_trainer import checkpoint, rundir, task
 from tuneward_trainer.evaluate import StoppedError
-from tuneward_trainer.facts import load_tokenizer
 from tuneward_trainer.session import Session
+from tuneward_trainer.tokenizer import load_tokenizer
 
 logger = logging.getLogger("tuneward_trainer")
 

@@ -24,15 +24,15 @@ from tuneward_trainer.data import corrected, show
 from tuneward_trainer.data.build import gather
 from tuneward_trainer.data.corrected import Corrected
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
-from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.gathered import Gathered
 from tuneward_trainer.data.render import LossOn
 from tuneward_trainer.data.samples import Limits, Source, Worker
-from tuneward_trainer.facts import Facts, examine, load_tokenizer, stop_ids
+from tuneward_trainer.facts import Facts, examine
 from tuneward_trainer.findings import Findings
 from tuneward_trainer.prepare import read_request, sources
 from tuneward_trainer.report import config_bad, ending, input_missing, start_logging
 from tuneward_trainer.store import Places
+from tuneward_trainer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _run(arguments: argparse.Namespace) -> Findings:
     wanted = _of_request(arguments.request) if arguments.request is not None else _of_files(arguments)
     targets = _targets(wanted, arguments.write_corrected)
     tokenizer = load_tokenizer(wanted.model)
-    encoder = Encoder(tokenizer, wanted.loss_on, stop_ids(wanted.model))
+    encoder = tokenizer.encoder(wanted.loss_on)
     with tempfile.TemporaryDirectory(prefix="tuneward-validate-") as name:
         folder = Path(name)
         found = gather(

@@ -9,6 +9,7 @@ pairs.py      two answers to one prompt: a sample of two sides
 render.py     a sample -> texts with trained spans, through the model's own chat template
 shapes.py     the same in one rendering, where the template only copies
 encode.py     texts -> ids and one loss weight a token
+mistral.py    the same for Mistral's own tokenizers, which have no template (mistral_messages.py: as they take messages)
 samples.py    all of this for a batch of lines
 crew.py       batches through several processes
 documents.py  the cache on disk that training reads

@@ -18,7 +18,7 @@ import numpy as np
 from tuneward_trainer.data import journal
 from tuneward_trainer.data.crew import WORTH, Crew, crew
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
-from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.encode import SampleEncoder
 from tuneward_trainer.data.files import ENDINGS
 from tuneward_trainer.data.gathered import SUMMARY, Gathered, Part, SourceCounts, Summary
 from tuneward_trainer.data.journal import Reached
@@ -47,7 +47,7 @@ class DataError(Exception):
 
 
 def build(
-    folder: Path, *, training: Sequence[Source], validation: Sequence[Source], encoder: Encoder, limits: Limits
+    folder: Path, *, training: Sequence[Source], validation: Sequence[Source], encoder: SampleEncoder, limits: Limits
 ) -> Summary:
     """Writes both parts and summary.json below `folder`, and errors.txt where invalid samples were left out.
 
@@ -67,7 +67,7 @@ def gather(
     *,
     training: Sequence[Source],
     validation: Sequence[Source],
-    encoder: Encoder,
+    encoder: SampleEncoder,
     limits: Limits,
     keep_tokens: bool = True,
 ) -> Gathered:

@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from jinja2 import TemplateError
 
@@ -43,6 +43,24 @@ def _encoded(ids: bytes, weights: bytes) -> Encoded:
     numbers.frombytes(ids)
     floats.frombytes(weights)
     return Encoded(numbers.tolist(), floats.tolist())
+
+
+class SampleEncoder(Protocol):
+    """What turns samples into documents, whatever the tokenizer."""
+
+    def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
+        """One entry for each sample: its documents, or what is wrong with it."""
+
+
+def document(ids: Sequence[int], weights: Sequence[float]) -> Encoded:
+    """Nothing predicts the first token, and nothing after the last learnt one is kept. Raises SampleError."""
+    learnt = [0.0, *weights[1:]]
+    kept = len(learnt)
+    while kept and not learnt[kept - 1]:
+        kept -= 1
+    if not kept:
+        raise SampleError("", "has no token to learn", "samples with something to learn after their first token")
+    return Encoded(list(ids[:kept]), learnt[:kept])
 
 
 @dataclass
@@ -192,14 +210,7 @@ class Encoder:
                 weights.append(1.0)
             elif not stop and text.turns:
                 raise _NeedsApartError
-        if weights:
-            weights[0] = 0.0
-        kept = len(weights)
-        while kept and not weights[kept - 1]:
-            kept -= 1
-        if not kept:
-            raise SampleError("", "has no token to learn", "samples with something to learn after their first token")
-        return Encoded(ids[:kept], weights[:kept])
+        return document(ids, weights)
 
     def _boundary(self, text: Rendered, tokens: _Tokens, start: int) -> int:
         """Index of the first token of the part of the text that begins at `start`, if one does begin there."""

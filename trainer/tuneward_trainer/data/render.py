@@ -68,14 +68,14 @@ class Renderer:
         if isinstance(sample, PromptCompletion):
             if self._template is None:
                 return [self._completion(sample)]
-            sample = _as_chat(sample)
+            sample = as_chat(sample)
         return self._chat(sample, apart=False)
 
     def render_apart(self, sample: Sample) -> list[Rendered]:
         """As `render`, but every learnt turn a text of its own, its prompt encoded alone: for tokens that would
         reach across the end of a prompt."""
         if isinstance(sample, PromptCompletion):
-            sample = _as_chat(sample)
+            sample = as_chat(sample)
         assert isinstance(sample, Chat)
         return self._chat(sample, apart=True)
 
@@ -92,7 +92,7 @@ class Renderer:
         if self._loss_on == "All":
             conversation.check_fields(len(chat.messages))
             return [conversation.everything()]
-        learnt = self._learnt(chat)
+        learnt = learnt_turns(chat, self._loss_on)
         if not apart and (quick := self._quick(chat, learnt)):
             return [quick]
         conversation.check_fields(learnt[-1] + 1)
@@ -116,19 +116,20 @@ class Renderer:
             return None
         return (whole.text, dict(zip(turns, whole.spans, strict=True))) if whole else None
 
-    def _learnt(self, chat: Chat) -> list[int]:
-        """Turns with a loss."""
-        assistant = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
-        if not assistant:
-            raise SampleError(chat.field, "has no assistant turn, so nothing to learn", "at least one assistant turn")
-        chosen = [i for i in (assistant[-1:] if self._loss_on == "LastAssistant" else assistant) if chat.weights[i]]
-        if not chosen:
-            which = "the last assistant turn" if self._loss_on == "LastAssistant" else "every assistant turn"
-            raise SampleError(chat.field, f"has nothing to learn: {which} has weight 0", "at least one turn of weight 1")
-        return chosen
+
+def learnt_turns(chat: Chat, loss_on: LossOn) -> list[int]:
+    """Turns with a loss. Raises SampleError where there is none."""
+    assistant = [index for index, message in enumerate(chat.messages) if message["role"] == "assistant"]
+    if not assistant:
+        raise SampleError(chat.field, "has no assistant turn, so nothing to learn", "at least one assistant turn")
+    chosen = [i for i in (assistant[-1:] if loss_on == "LastAssistant" else assistant) if chat.weights[i]]
+    if not chosen:
+        which = "the last assistant turn" if loss_on == "LastAssistant" else "every assistant turn"
+        raise SampleError(chat.field, f"has nothing to learn: {which} has weight 0", "at least one turn of weight 1")
+    return chosen
 
 
-def _as_chat(sample: PromptCompletion) -> Chat:
+def as_chat(sample: PromptCompletion) -> Chat:
     """With a chat template, a prompt is what a user says: so it is asked when the model is served."""
     return Chat(
         [{"role": "user", "content": sample.prompt}, {"role": "assistant", "content": sample.completion}],

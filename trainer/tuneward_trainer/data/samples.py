@@ -16,7 +16,7 @@ from typing import Any, Final, TypeAlias
 
 from tuneward_api.objective import PAIRS, ObjectiveType
 from tuneward_trainer.data import fit, formats, pairs
-from tuneward_trainer.data.encode import Encoded, Encoder
+from tuneward_trainer.data.encode import Encoded, SampleEncoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
 
@@ -116,7 +116,7 @@ def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str], 
 class Worker:
     """Reads, renders and tokenizes one batch after the other."""
 
-    def __init__(self, encoder: Encoder, limits: Limits) -> None:
+    def __init__(self, encoder: SampleEncoder, limits: Limits) -> None:
         self._encoder = encoder
         self._limits = limits
 

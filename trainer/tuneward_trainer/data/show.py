@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Final
+from typing import Final, Protocol
 
 from tuneward_trainer.data.encode import Encoded
 from tuneward_trainer.data.files import read
@@ -19,6 +19,10 @@ _HALF: Final = "\ufffd"
 """What a tokenizer decodes a part of a character to."""
 
 
+class Decoder(Protocol):
+    def decode(self, ids: Sequence[int]) -> str: ...
+
+
 @dataclass(frozen=True)
 class Shown:
     """One good sample; `tokens` holds the text of each token of each document."""
@@ -29,7 +33,7 @@ class Shown:
     tokens: list[list[str]]
 
 
-def first_samples(source: Source, worker: Worker, tokenizer: Any, count: int) -> Iterator[Shown]:
+def first_samples(source: Source, worker: Worker, tokenizer: Decoder, count: int) -> Iterator[Shown]:
     """The first `count` good samples of a source."""
     form = source.detected()
     found = 0
@@ -45,13 +49,13 @@ def first_samples(source: Source, worker: Worker, tokenizer: Any, count: int) ->
             continue  # a broken file is one of the problems that are told
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+def pieces(tokenizer: Decoder, ids: Sequence[int]) -> list[str]:
     """The text of each token as it stands behind the one before; of a character of several tokens the last one's."""
     found: list[str] = []
     start = 0
     for index in range(len(ids)):
         before = tokenizer.decode(ids[max(0, start - 1) : start])
-        text: str = tokenizer.decode(ids[max(0, start - 1) : index + 1])
+        text = tokenizer.decode(ids[max(0, start - 1) : index + 1])
         if text.endswith(_HALF) and index + 1 < len(ids):
             found.append("")
         else:
