@@ -43,6 +43,17 @@ class Images(Record):
     trainer: str
 
 
+class Parent(Record):
+    """The FineTunedModel that a job goes on from, as it was when the job was accepted: what becomes of it later changes
+    nothing of the job."""
+
+    name: str
+    base_uri: str
+    base_digest: str
+    artifact_uri: str = Field(description="pvc://CLAIM/PATH of its folder.")
+    artifact_digest: str
+
+
 class Request(Record):
     """What prepare reads."""
 
@@ -51,6 +62,18 @@ class Request(Record):
     images: Images
     store_claim: str
     run_directory: str = Field(description="Below the store's root: jobs/<name>-<uid8>.")
+    parent: Parent | None = Field(None, description="Where spec.model.uri is model://NAME.")
+
+    @property
+    def base_uri(self) -> str:
+        """Address of the base model."""
+        return self.spec.model.uri if self.parent is None else self.parent.base_uri
+
+    def uris(self) -> list[str]:
+        """All that prepare reads from: the base model, the parent's files, the data."""
+        datasets = [*self.spec.datasets.training, *(self.spec.datasets.validation or ())]
+        parent = [] if self.parent is None else [self.parent.artifact_uri]
+        return [self.base_uri, *parent, *(dataset.uri for dataset in datasets)]
 
 
 class FetchRequest(Record):

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Model, Transition
 from tuneward_api.conditions import Condition
+from tuneward_api.resolved import ParentModel
 
 DIGEST_PATTERN = r"^sha256:[0-9a-f]{64}$"
 Digest = Annotated[str, Field(max_length=71, pattern=DIGEST_PATTERN)]
@@ -58,7 +59,7 @@ class ModelMetrics(Model):
     """What was measured. Losses are nats a token, of DPO nats a pair."""
 
     train_loss: float | None = Field(None, description="Training loss of the last step.")
-    validation_loss_before: float | None = Field(None, description="Validation loss of the base model.")
+    validation_loss_before: float | None = Field(None, description="Validation loss of what the job started from.")
     validation_loss_after: float | None = Field(None, description="Validation loss of this model.")
     task_score_before: float | None = Field(
         None, ge=0, le=1, description="Share of the base model's answers that evaluation.task.grader accepts."
@@ -83,6 +84,7 @@ class FineTunedModelSpec(Model):
     )
     source: ModelOrigin = Field(description="The job that made it.")
     base: ModelBase = Field(description="What the adapter goes on top of.")
+    parent: ParentModel | None = Field(None, description="The model that it was trained from, if it was one.")
     artifact: Artifact = Field(description="The files.")
     adapter: Adapter = Field(description="Shape of the adapter.")
     metrics: ModelMetrics | None = Field(None, description="What was measured.")
@@ -90,7 +92,7 @@ class FineTunedModelSpec(Model):
     archived: bool | None = Field(None, description="true takes it from every server; the files stay. Default: false.")
 
     TRANSITIONS: ClassVar[tuple[Transition, ...]] = tuple(
-        _fixed(field) for field in ("servedName", "source", "base", "artifact", "adapter", "metrics", "dataDigest")
+        _fixed(field) for field in ("servedName", "source", "base", "parent", "artifact", "adapter", "metrics", "dataDigest")
     )
 
 

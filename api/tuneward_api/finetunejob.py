@@ -28,11 +28,12 @@ class SecretRef(Model):
 
 
 class ModelSource(Model):
-    """The base model."""
+    """What training starts from."""
 
     uri: ModelUri = Field(
         description="Where the base model is: hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH "
-        "(a folder with config.json and safetensors)."
+        "(a folder with config.json and safetensors). Or model://NAME: a FineTunedModel of this namespace, to go on from "
+        "its adapter on its base model; what of spec.method has the adapter's shape is then the adapter's."
     )
     secret_ref: SecretRef | None = Field(None, description="Secret with the key `token` for a gated hub model.")
 
@@ -268,7 +269,7 @@ def _fixed(field: str) -> Transition:
 class FineTuneJobSpec(Model):
     """What to train, on what, how, and where. After creation only suspend, cancel, runPolicy and serve may change."""
 
-    model: ModelSource = Field(description="The base model.")
+    model: ModelSource = Field(description="What training starts from.")
     datasets: Datasets = Field(description="Training and validation data.")
     objective: Objective | None = Field(None, description="What is learnt of the samples. Default: SFT.")
     method: Method | None = Field(None, description="How the model is adapted. Default: LoRA of rank 16.")
@@ -364,7 +365,7 @@ class ModelStatus(Model):
     name: str = Field(max_length=253, description="Name of the FineTunedModel.")
     served_name: str = Field(max_length=253, description="Name that clients ask for.")
     digest: str = Field(max_length=80, description="Digest of the adapter.")
-    validation_loss_before: float | None = Field(None, description="Base model's validation loss.")
+    validation_loss_before: float | None = Field(None, description="Validation loss of what the job started from.")
     validation_loss_after: float | None = Field(None, description="Its own validation loss.")
 
 

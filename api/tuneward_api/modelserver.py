@@ -8,14 +8,25 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Model, Rule, Transition
 from tuneward_api.conditions import Condition
-from tuneward_api.finetunejob import ModelSource, NodeSelector, Resources, SecretRef, Store, Toleration
+from tuneward_api.finetunejob import NodeSelector, Resources, SecretRef, Store, Toleration
 from tuneward_api.names import MAX_JOB_NAME, fits_name
+from tuneward_api.uris import BaseUri
+
+
+class BaseSource(Model):
+    """The base model. Adapters are asked for by a label on their FineTunedModel."""
+
+    uri: BaseUri = Field(
+        description="Where the base model is: hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH "
+        "(a folder with config.json and safetensors)."
+    )
+    secret_ref: SecretRef | None = Field(None, description="Secret with the key `token` for a gated hub model.")
 
 
 class ModelServerSpec(Model):
     """The base model, the engine and its limits."""
 
-    model: ModelSource = Field(description="The base model.")
+    model: BaseSource = Field(description="The base model.")
     store: Store | None = Field(None, description="The volume that holds models and adapters.")
     engine: Literal["Embedded"] | None = Field(
         None, description="Embedded (default): transformers and PEFT, for CPUs and demos."

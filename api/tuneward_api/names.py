@@ -101,6 +101,11 @@ def adapter_directory(digest: str) -> str:
     return f"adapters/sha256-{digest.removeprefix('sha256:')}"
 
 
+def model_name(prefix: str, digest: str) -> str:
+    """Name of the FineTunedModel: `<spec.register.name, or the job's name>-<digest8>`."""
+    return f"{prefix}-{digest.removeprefix('sha256:')[:8]}"
+
+
 def served_name(base: str, suffix: str, date: str, digest: str) -> str:
     """`ft:<base>:<suffix>:<yyyymmdd>:<digest8>`, the name a client asks for. It holds the digest, so nothing
     is ever loaded under an old name."""

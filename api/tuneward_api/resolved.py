@@ -20,6 +20,13 @@ class ResolvedBase(Model):
     parameters: Int = Field(description="Number of parameters.", ge=0)
 
 
+class ParentModel(Model):
+    """The FineTunedModel that training went on from."""
+
+    name: str = Field(max_length=253, description="Its name.")
+    digest: str = Field(max_length=80, description="Digest of its files.")
+
+
 class ResolvedData(Model):
     """What prepare made of the data."""
 
@@ -87,6 +94,7 @@ class Resolved(Model):
     """Every default chosen and every moving part pinned; copied once from the plan."""
 
     base: ResolvedBase = Field(description="The base model, pinned.")
+    parent: ParentModel | None = Field(None, description="The model whose adapter training goes on from.")
     data: ResolvedData = Field(description="The data.")
     objective: ResolvedObjective = Field(SUPERVISED, description="What is learnt of the samples.")
     method: ResolvedMethod = Field(description="The method.")

@@ -11,12 +11,19 @@ from pydantic import Field
 from tuneward_api.base import Rule, Ruled
 
 _NAME: Final = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?"
-MODEL_PATTERN: Final = rf"^(hf://[^/@\s]+/[^/@\s]+(@[^/@\s]+)?|pvc://{_NAME}/[^\s]+)$"
+_BASE: Final = rf"hf://[^/@\s]+/[^/@\s]+(@[^/@\s]+)?|pvc://{_NAME}/[^\s]+"
+BASE_PATTERN: Final = rf"^({_BASE})$"
+MODEL_PATTERN: Final = rf"^({_BASE}|model://{_NAME})$"
 DATA_PATTERN: Final = rf"^(configmap://{_NAME}/[-._a-zA-Z0-9]+|pvc://{_NAME}/[^\s]+)$"
 
+BASE_RULE: Final = Rule(
+    cel=f"self.matches(r'{BASE_PATTERN}')",
+    message="must be hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH",
+    check=lambda value: re.match(BASE_PATTERN, value) is not None,
+)
 MODEL_RULE: Final = Rule(
     cel=f"self.matches(r'{MODEL_PATTERN}')",
-    message="must be hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH",
+    message="must be hf://ORG/NAME[@REVISION], pvc://CLAIM/PATH, or model://NAME to go on from a FineTunedModel",
     check=lambda value: re.match(MODEL_PATTERN, value) is not None,
 )
 DATA_RULE: Final = Rule(
@@ -30,13 +37,18 @@ NO_PARENT_RULE: Final = Rule(
     check=lambda value: "/../" not in value and not value.endswith("/.."),
 )
 
+BaseUri = Annotated[str, Field(max_length=512), Ruled(BASE_RULE, NO_PARENT_RULE)]
 ModelUri = Annotated[str, Field(max_length=512), Ruled(MODEL_RULE, NO_PARENT_RULE)]
 DataUri = Annotated[str, Field(max_length=512), Ruled(DATA_RULE, NO_PARENT_RULE)]
 
 
+MODEL_SCHEME: Final = "model://"
+
+
 @dataclass(frozen=True)
 class Uri:
-    """A parsed address. `authority` is the claim, the ConfigMap or the hub's organisation."""
+    """A parsed address. `authority` is the claim, the ConfigMap, the hub's organisation or the FineTunedModel, which has no
+    path."""
 
     scheme: str
     authority: str
@@ -44,11 +56,14 @@ class Uri:
     revision: str | None = None
 
     def __str__(self) -> str:
-        return f"{self.scheme}://{self.authority}/{self.path}" + (f"@{self.revision}" if self.revision else "")
+        path = f"/{self.path}" if self.path else ""
+        return f"{self.scheme}://{self.authority}{path}" + (f"@{self.revision}" if self.revision else "")
 
 
 def parse_uri(text: str) -> Uri:
-    """Raises ValueError for anything that is not SCHEME://AUTHORITY/PATH."""
+    """Raises ValueError for anything that is neither SCHEME://AUTHORITY/PATH nor model://NAME."""
+    if text.startswith(MODEL_SCHEME) and "/" not in text.removeprefix(MODEL_SCHEME):
+        return Uri("model", text.removeprefix(MODEL_SCHEME), "")
     match = re.match(r"^([a-z0-9]+)://([^/]+)/(.+)$", text)
     if match is None:
         raise ValueError(f"{text!r} is not an address of the form SCHEME://NAME/PATH")

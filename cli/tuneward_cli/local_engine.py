@@ -8,39 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from pydantic import ValidationError
 
-from tuneward_api.files import FinishedAdapter, FinishReport, Plan
 from tuneward_cli.errors import CommandError
+from tuneward_cli.finished import Finished, finished
 from tuneward_cli.process import end, environment
 from tuneward_cli.voice import Voice
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A job of the store that ended in an adapter."""
-
-    plan: Plan
-    adapter: FinishedAdapter
-
-
-def finished(store: Path) -> list[Finished]:
-    """Newest last."""
-    reports = sorted(store.glob("jobs/*/finish/report.json"), key=lambda file: file.stat().st_mtime)
-    found = []
-    for file in reports:
-        try:
-            report = FinishReport.model_validate_json(file.read_bytes())
-            plan = Plan.model_validate_json((file.parents[1] / "plan.json").read_bytes())
-        except (OSError, ValidationError):
-            continue
-        if report.adapter is not None:
-            found.append(Finished(plan, report.adapter))
-    return found
 
 
 def model_folder(store: Path, job: Finished) -> Path:

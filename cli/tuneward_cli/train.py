@@ -16,6 +16,7 @@ from tuneward_api.names import ExitCode
 from tuneward_cli import workstation
 from tuneward_cli.documents import load_valid, the_job
 from tuneward_cli.errors import CommandError
+from tuneward_cli.finished import Finished
 from tuneward_cli.gang import Gang, failure_of
 from tuneward_cli.voice import Bar, Voice
 from tuneward_cli.words import Seen, losses_line, phase_line, progress_line, score_line
@@ -55,7 +56,7 @@ def train(options: Options, voice: Voice) -> int:
             paste=_again(options),
             code=ExitCode.STOPPED,
         ) from stopped
-    _tell(place, name, report, voice)
+    _tell(place, plan, report, voice)
     return ExitCode.OK
 
 
@@ -122,9 +123,9 @@ def show_losses(place: Place, voice: Voice) -> None:
         voice.line(f"  loss curve: {place.run / 'loss.svg'}")
 
 
-def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
+def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     """Where the adapter is, what was measured, what to do next."""
-    adapter = report.adapter
+    adapter, name = report.adapter, plan.request.job.name
     if adapter is None:
         raise CommandError(f"finish reported no adapter: {report.message}", paste=f"ls {place.run}")
     metrics = adapter.metrics
@@ -134,12 +135,15 @@ def _tell(place: Place, name: str, report: FinishReport, voice: Voice) -> None:
     voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
     if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
         voice.line(f"  {scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}")
+    model = Finished(plan, adapter).name
     voice.line(f"  adapter: {path}")
+    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: model://{model}")
     voice.line(f"next: tuneward chat --store {place.store}")
     voice.result(
         {
             "job": name,
             "phase": str(Phase.SUCCEEDED),
+            "model": model,
             "adapter": str(path),
             "digest": adapter.digest,
             "servedName": adapter.served_name,

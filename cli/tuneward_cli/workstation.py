@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -23,6 +24,7 @@ from tuneward_api.files import (
     FinishReport,
     Images,
     JobRef,
+    Parent,
     Plan,
     PrepareReport,
     Report,
@@ -36,6 +38,7 @@ from tuneward_api.names import ExitCode
 from tuneward_api.uris import Uri, parse_uri
 from tuneward_cli.documents import Loaded
 from tuneward_cli.errors import CommandError
+from tuneward_cli.finished import finished
 from tuneward_cli.process import end, environment
 from tuneward_cli.voice import Voice
 from tuneward_cli.words import phase_line
@@ -92,7 +95,7 @@ def with_workers(job: FineTuneJob, workers: int | None) -> FineTuneJob:
     return job.model_copy(update={"spec": job.spec.model_copy(update={"workers": asked})})
 
 
-def request_of(job: FineTuneJob) -> Request:
+def request_of(job: FineTuneJob, parent: Parent | None = None) -> Request:
     name = str(job.metadata["name"])
     return Request(
         job=JobRef(namespace=str(job.metadata.get("namespace", "default")), name=name, uid=""),
@@ -100,7 +103,28 @@ def request_of(job: FineTuneJob) -> Request:
         images=Images(trainer="this machine"),
         store_claim=(job.spec.store.claim_name if job.spec.store else None) or names.DEFAULT_STORE_CLAIM,
         run_directory=names.run_directory(name, ""),
+        parent=parent,
     )
+
+
+def parent_of(place: Place, job: FineTuneJob) -> Parent | None:
+    """The model of this store that the job goes on from; that of an earlier run of the same job stays what it was."""
+    uri = parse_uri(job.spec.model.uri)
+    if uri.scheme != "model":
+        return None
+    with suppress(OSError, ValidationError):
+        before = Request.model_validate_json(place.request.read_bytes())
+        if before.spec.model == job.spec.model and before.parent is not None:
+            return before.parent
+    known = {found.name: found for found in finished(place.store)}
+    if uri.authority not in known:
+        names_of = ", ".join(sorted(known)) or "none"
+        raise CommandError(
+            f"InputMissing: spec.model.uri names the model {uri.authority}, and {place.store} holds: {names_of}",
+            paste=f"tuneward train FILE --store {place.store}",
+            code=ExitCode.INPUT_MISSING,
+        )
+    return known[uri.authority].as_parent(request_of(job).store_claim)
 
 
 def skipped(loaded: Loaded, job: FineTuneJob) -> list[str]:
@@ -119,7 +143,7 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
     """Makes the run directory. Refuses one that belongs to another spec or to other data of the same file."""
     if restart:
         shutil.rmtree(place.run, ignore_errors=True)
-    request = _finished_request(place, request_of(job))
+    request = _finished_request(place, request_of(job, parent_of(place, job)))
     wanted = {place.request: canonical_json(request.to_json()), **_config_map_files(place, loaded, job)}
     _take_other_workers(place, request)
     for file, text in wanted.items():
@@ -134,7 +158,7 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
         for file, text in wanted.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_synced(file, text.encode())
-        _link_claims(place, job, request.store_claim)
+        _link_claims(place, request)
     except OSError as error:
         raise CommandError(
             f"StoreNotWritable: {error.filename or place.store} cannot be written ({error.strerror})",
@@ -204,11 +228,9 @@ def _config_map_files(place: Place, loaded: Loaded, job: FineTuneJob) -> dict[Pa
     return files
 
 
-def _link_claims(place: Place, job: FineTuneJob, store_claim: str) -> None:
+def _link_claims(place: Place, request: Request) -> None:
     """Every claim but the store's is a link below one folder, as prepare's pod has them mounted."""
-    sets = job.spec.datasets
-    uris = [job.spec.model.uri, *(item.uri for item in (*sets.training, *(sets.validation or ())))]
-    needed = {uri.authority for uri in map(parse_uri, uris) if uri.scheme == "pvc"} - {store_claim}
+    needed = {uri.authority for uri in map(parse_uri, request.uris()) if uri.scheme == "pvc"} - {request.store_claim}
     place.claims_dir.mkdir(parents=True, exist_ok=True)
     for claim in sorted(needed):
         if claim not in place.claims:

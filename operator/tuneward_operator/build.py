@@ -10,7 +10,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tuneward_api.files import FinishedAdapter, Images, JobRef, Plan, Request, canonical_json
+from tuneward_api.files import FinishedAdapter, Images, JobRef, Parent, Plan, Request, canonical_json
 from tuneward_api.finetunejob import FineTuneJobSpec, Resources
 from tuneward_api.names import (
     API_VERSION,
@@ -39,6 +39,7 @@ from tuneward_api.names import (
     hashed,
     run_directory,
 )
+from tuneward_api.names import model_name as name_of_model
 from tuneward_api.uris import parse_uri
 from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
@@ -112,14 +113,15 @@ def master_port(uid: str) -> int:
     return 20000 + int(hashlib.sha256(uid.encode()).hexdigest(), 16) % 10000
 
 
-def request_of(owner: Owner, settings: Settings) -> Request:
-    """What prepare reads; pins the images."""
+def request_of(owner: Owner, settings: Settings, parent: Parent | None = None) -> Request:
+    """What prepare reads; pins the images, and the model that the job goes on from."""
     return Request(
         job=JobRef(namespace=owner.namespace, name=owner.name, uid=owner.uid),
         spec=owner.spec,
         images=Images(trainer=settings.image_trainer),
         store_claim=owner.store_claim,
         run_directory=run_directory(owner.name, owner.uid),
+        parent=parent,
     )
 
 
@@ -171,9 +173,9 @@ def prepare_job(owner: Owner, request: Request, settings: Settings) -> Object:
     mounts = Mounts()
     mounts.configmap(document_name(owner.name, "request"), DOCUMENTS)
     mounts.claim(request.store_claim, DEFAULT_DIRS[ENV_STORE_DIR])
-    for claim in sorted(_sources(owner.spec, "pvc") - {request.store_claim}):
+    for claim in sorted(_sources(request, "pvc") - {request.store_claim}):
         mounts.claim(claim, f"{DEFAULT_DIRS[ENV_CLAIMS_DIR]}/{claim}", read_only=True)
-    for name in sorted(_sources(owner.spec, "configmap")):
+    for name in sorted(_sources(request, "configmap")):
         mounts.configmap(name, f"{DEFAULT_DIRS[ENV_CONFIGMAPS_DIR]}/{name}")
     env = []
     if owner.spec.model.secret_ref is not None:
@@ -229,7 +231,7 @@ def attempt_job(owner: Owner, plan: Plan, launch: int, settings: Settings) -> Ob
 
 def model_name(owner: Owner, digest: str) -> str:
     registered = owner.spec.register_.name if owner.spec.register_ else None
-    return f"{registered or owner.name}-{digest.removeprefix('sha256:')[:8]}"
+    return name_of_model(registered or owner.name, digest)
 
 
 def finetuned_model(owner: Owner, plan: Plan, adapter: FinishedAdapter) -> Object:
@@ -246,6 +248,7 @@ def finetuned_model(owner: Owner, plan: Plan, adapter: FinishedAdapter) -> Objec
     }
     metrics = adapter.metrics.to_json()
     metrics.pop("seconds", None)
+    parent = plan.request.parent
     return {
         "apiVersion": API_VERSION,
         "kind": "FineTunedModel",
@@ -258,6 +261,7 @@ def finetuned_model(owner: Owner, plan: Plan, adapter: FinishedAdapter) -> Objec
             "servedName": adapter.served_name,
             "source": {"job": owner.name, "uid": owner.uid, "attempt": adapter.attempt, "step": adapter.step},
             "base": {key: value for key, value in base_record.items() if value is not None},
+            **({} if parent is None else {"parent": {"name": parent.name, "digest": parent.artifact_digest}}),
             "artifact": {
                 "uri": f"pvc://{plan.request.store_claim}/{adapter.sub_path}",
                 "digest": adapter.digest,
@@ -332,11 +336,9 @@ def _where_workers_go(spec: FineTuneJobSpec) -> Object:
     return found
 
 
-def _sources(spec: FineTuneJobSpec, scheme: str) -> set[str]:
-    """Claims or ConfigMaps that the model and the data name."""
-    datasets = [*spec.datasets.training, *(spec.datasets.validation or ())]
-    uris = [parse_uri(uri) for uri in (spec.model.uri, *(dataset.uri for dataset in datasets))]
-    return {uri.authority for uri in uris if uri.scheme == scheme}
+def _sources(request: Request, scheme: str) -> set[str]:
+    """Claims or ConfigMaps that the model and the data are read from."""
+    return {uri.authority for uri in map(parse_uri, request.uris()) if uri.scheme == scheme}
 
 
 def _gang_env(owner: Owner, name: str) -> list[Object]:

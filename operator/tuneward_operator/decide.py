@@ -146,6 +146,10 @@ def _prepare(context: Context) -> Decision:
         )
         return _end(context, Phase.FAILED, Reason.CONFIG_INVALID, message)
     helper = seen.prepare
+    if helper is None and seen.parent_problem:
+        # Once prepare runs, all that is needed of the parent is in the request.
+        say = Say(phase=Phase.PENDING, reason=Reason.INPUT_MISSING, message=seen.parent_problem, at_rest=False, stalled=True)
+        return context.say(say, wake=LOOK_AGAIN_SECONDS)
     if helper is not None and helper.ended and not context.status.retry_at:
         return _prepared(context, helper)
     validating = Say(

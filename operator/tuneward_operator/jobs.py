@@ -74,7 +74,7 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
             # Its pods depend on what the claim allows, so they come with the next look.
             await app.create(build.store_claim(owner, settings))
             return False
-        found = await make(app, build.request_configmap(owner, build.request_of(owner, settings)))
+        found = await make(app, build.request_configmap(owner, build.request_of(owner, settings, seen.parent)))
         request = Request.model_validate_json(found["data"]["request.json"])
         await make(app, build.prepare_job(owner, request, settings))
     elif decision.step == Step.LAUNCH and plan is not None:

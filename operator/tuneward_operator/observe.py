@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from tuneward_api.conditions import Reason
 from tuneward_api.failures import Failure, classify
-from tuneward_api.files import FinishReport, Plan, PrepareReport, Report, Result
+from tuneward_api.files import FinishReport, Parent, Plan, PrepareReport, Report, Result
+from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from tuneward_api.names import GRACE_PERIOD_SECONDS, LABEL_JOB_UID, LABEL_SERVER
+from tuneward_api.uris import parse_uri
 from tuneward_operator.app import Caches
 from tuneward_operator.build import ATTEMPT, FINISH, PREPARE, Owner
 from tuneward_operator.cache import Cache, ObjectKey
@@ -31,6 +33,10 @@ UNREADABLE = FineTuneJobSpec.model_validate(
     {"model": {"uri": "pvc://unknown/unknown"}, "datasets": {"training": [{"uri": "pvc://unknown/unknown"}]}}
 )
 """Stands for a spec that this version cannot read; nothing is ever made from it."""
+
+BROKEN = frozenset({Reason.DIGEST_MISMATCH, Reason.NOT_FINITE})
+"""Reasons of a FineTunedModel that is not Ready which are about its files. The others are about a server that shall serve
+it, and say nothing about going on from it."""
 
 Outcome = Literal["Running", "Succeeded", "Failed"]
 
@@ -129,6 +135,10 @@ class Seen:
     helpers_left: bool = False
     claim_missing: bool = False
     nodes: int | None = None
+    parent: Parent | None = None
+    """The model that the job goes on from (spec.model.uri model://NAME)."""
+    parent_problem: str = ""
+    """Why it cannot go on from it now; empty: it can, or it needs none."""
     plan: Plan | None = None
     plan_sought: bool = False
     model_server: str | None = None
@@ -148,6 +158,7 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
     attempts = tuple(job for job in jobs if job.role == ATTEMPT)
     model = caches.models.get(view.namespace, status.model.name) if status.model is not None else None
     claim = caches.claims.get(view.namespace, owner.store_claim)
+    parent, problem = parent_of(owner, caches.models)
     return Seen(
         owner=replace(owner, one_node=claim is not None and claim.one_node),
         generation=view.generation,
@@ -161,6 +172,8 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
         helpers_left=any(pod.role != ATTEMPT and pod.phase in ("Pending", "Running") for pod in pods),
         claim_missing=claim is None,
         nodes=len(caches.nodes) or None,
+        parent=parent,
+        parent_problem=problem,
         model_server=model.labels.get(LABEL_SERVER, "") if model is not None else None,
         served=_served(model),
     )
@@ -186,6 +199,37 @@ def read_owner(view: ResourceView) -> tuple[Owner, str]:
         annotations=dict(metadata.get("annotations") or {}),
     )
     return owner, refusal
+
+
+def parent_of(owner: Owner, models: Cache[ResourceView]) -> tuple[Parent | None, str]:
+    """The FineTunedModel that the job goes on from, or why there is none to go on from."""
+    uri = parse_uri(owner.spec.model.uri)
+    if uri.scheme != "model":
+        return None, ""
+    name = uri.authority
+    found = models.get(owner.namespace, name)
+    if found is None or found.deleting_since is not None:
+        gone = "does not exist" if found is None else "is being deleted"
+        return None, f"FineTunedModel {name} (spec.model.uri) {gone}; `kubectl get ftm` lists those of this namespace"
+    if found.spec.get("archived"):
+        return None, f"FineTunedModel {name} (spec.model.uri) is archived; set its spec.archived to false, or name another"
+    served = _served(found)
+    if served is not None and not served.ready and served.reason in BROKEN:
+        return None, f"FineTunedModel {name} (spec.model.uri) cannot be gone on from: {served.message}"
+    try:
+        spec = tolerant(FineTunedModelSpec, found.spec)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
+        unread = f"FineTunedModel {name} (spec.model.uri) cannot be read at spec.{where}"
+        return None, f"{unread}; is this operator older than the CRD?"
+    parent = Parent(
+        name=name,
+        base_uri=spec.base.uri,
+        base_digest=spec.base.digest,
+        artifact_uri=spec.artifact.uri,
+        artifact_digest=spec.artifact.digest,
+    )
+    return parent, ""
 
 
 def _worker(pod: PodView, nodes: Cache[NodeView], board: Board, now: datetime) -> Worker:

@@ -10,7 +10,7 @@ from tuneward_api.conditions import FINAL_PHASES, Condition, ConditionType, Phas
 from tuneward_api.files import Plan, Progress, Result, SavedCheckpoint
 from tuneward_api.finetunejob import AttemptStatus, CheckpointStatus, FineTuneJobStatus, ProgressStatus
 from tuneward_api.names import MAX_MESSAGE
-from tuneward_api.resolved import Resolved, ResolvedBase
+from tuneward_api.resolved import ParentModel, Resolved, ResolvedBase
 from tuneward_operator.observe import Seen, Worker
 from tuneward_operator.views import instant
 
@@ -129,7 +129,7 @@ def _served(seen: Seen, server: str) -> Truth:
 
 
 def resolved_of(plan: Plan) -> Resolved:
-    prepared = plan.prepared
+    prepared, parent = plan.prepared, plan.request.parent
     return Resolved(
         base=ResolvedBase(
             uri=prepared.base.uri,
@@ -138,6 +138,7 @@ def resolved_of(plan: Plan) -> Resolved:
             architecture=prepared.base.architecture,
             parameters=prepared.base.parameters,
         ),
+        parent=None if parent is None else ParentModel(name=parent.name, digest=parent.artifact_digest),
         data=prepared.data.summary,
         objective=prepared.objective,
         method=prepared.method,

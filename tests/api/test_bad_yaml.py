@@ -79,6 +79,8 @@ CASES = [
     Bad("no model uri", "spec.model.uri", REMOVE, "spec.model.uri", "required"),
     Bad("model scheme", "spec.model.uri", "ftp://a/b", "spec.model.uri", "must be hf://"),
     Bad("model uri climbs", "spec.model.uri", "pvc://a/../b", "spec.model.uri", ".."),
+    Bad("model with a path", "spec.model.uri", "model://support-0a1b2c3d/1", "spec.model.uri", "or model://NAME"),
+    Bad("model of no name", "spec.model.uri", "model://Support", "spec.model.uri", "or model://NAME"),
     Bad("model uri wrong type", "spec.model.uri", 3, "spec.model.uri", "must be a string"),
     Bad("unknown field in model", "spec.model.url", "x", "spec.model.url", "allowed here: uri, secretRef"),
     Bad("secret name", "spec.model.secretRef.name", "Not_A_Name", "spec.model.secretRef.name", "must match"),
@@ -244,6 +246,14 @@ CASES = [
     Bad("ttl", "spec.runPolicy.ttlSecondsAfterFinished", -1, "spec.runPolicy.ttlSecondsAfterFinished", "at least 0"),
     Bad("name too long", "metadata.name", "a" * 49, "", "at most 48 characters"),
     Bad("name with a dot", "metadata.name", "a.b", "", "begin with a letter"),
+    Bad(
+        "server of an adapter",
+        "spec.model.uri",
+        "model://support-0a1b2c3d",
+        "spec.model.uri",
+        "must be hf://",
+        "ModelServer",
+    ),
     Bad("server engine", "spec.engine", "VLLM", "spec.engine", "'Embedded'", "ModelServer"),
     Bad("server adapters", "spec.maxAdapters", 0, "spec.maxAdapters", "at least 1", "ModelServer"),
     Bad("server rank", "spec.maxRank", 0, "spec.maxRank", "at least 1", "ModelServer"),
@@ -256,7 +266,7 @@ apiVersion: tuneward.dev/v1alpha1
 kind: FineTuneJob
 metadata: {name: brief}
 spec:
-  model: {uri: "pvc://models/imports/mistral"}
+  model: {uri: "model://support-0a1b2c3d"}
   objective: {type: DPO, dpo: {beta: 0.2}}
   datasets: {training: [{uri: "pvc://data/pairs.jsonl"}, {uri: "pvc://data/more.jsonl", format: PreferredOutput}]}
 """

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 from tests.operator.pictures import result
-from tests.operator.world import prepare_report
+from tests.operator.world import DIGEST, finish_report, prepare_report
 
 from tuneward_api.conditions import FailureClass
 from tuneward_api.failures import DEFAULT_RETRIES
@@ -88,6 +89,41 @@ def test_a_claim_without_a_folder_is_named(tmp_path: Path) -> None:
 def test_a_config_map_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match=r"configmap://facts/train\.jsonl names no ConfigMap"):
         laid_out(tmp_path, written(tmp_path, JOB.replace("name: facts", "name: fiction")))
+
+
+def finished_job(place: workstation.Place, loaded: Loaded) -> str:
+    """Leaves what a job that ended in an adapter leaves, and gives the name of its model."""
+    found = PrepareReport.model_validate(prepare_report()).prepared
+    assert found is not None
+    plan = Plan(request=workstation.request_of(the_job(loaded)), prepared=found)
+    place.plan.write_text(canonical_json(plan.to_json()))
+    (place.run / "finish").mkdir()
+    (place.run / "finish/report.json").write_text(canonical_json(finish_report()))
+    return "small-abababab"
+
+
+def test_a_job_goes_on_from_a_model_of_the_store(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    name = finished_job(laid_out(tmp_path, loaded), loaded)
+    second = JOB.replace("name: small", "name: next").replace("pvc://tuneward-store/imports/m", f"model://{name}")
+    loaded = written(tmp_path, second)
+    request = workstation.lay_out(place := laid_out(tmp_path, loaded), loaded, the_job(loaded), restart=False)
+    parent = request.parent
+    assert parent is not None
+    assert (parent.name, parent.artifact_digest) == (name, DIGEST)
+    assert (request.base_uri, parent.base_digest) == ("pvc://tuneward-store/imports/tiny", DIGEST)
+    # What it was made from stays, though the earlier job is gone.
+    shutil.rmtree(tmp_path / "store/jobs/small")
+    assert workstation.lay_out(place, loaded, the_job(loaded), restart=False) == request
+
+
+def test_a_model_that_is_not_in_the_store_is_named_with_those_that_are(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    finished_job(laid_out(tmp_path, loaded), loaded)
+    other = JOB.replace("name: small", "name: next").replace("pvc://tuneward-store/imports/m", "model://nix")
+    with pytest.raises(CommandError, match=r"names the model nix, and .*store holds: small-abababab") as caught:
+        laid_out(tmp_path, written(tmp_path, other))
+    assert caught.value.code == 66
 
 
 def test_other_kinds_are_named_and_skipped(tmp_path: Path) -> None:

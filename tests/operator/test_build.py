@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 from tests.operator.pictures import SETTINGS, UID, finished, owner, plan
 
-from tuneward_api.files import FinishReport, Plan, Request
+from tuneward_api.files import FinishReport, Parent, Plan, Request
+from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.names import MAX_JOB_NAME
 from tuneward_operator import build
 from tuneward_operator.settings import Settings
+from tuneward_operator.status import resolved_of
 
 OWNED = {
     "apiVersion": "tuneward.dev/v1alpha1",
@@ -201,6 +203,37 @@ def test_prepare_alone_sees_secrets_other_claims_and_configmaps() -> None:
         assert "lake" not in json.dumps(later)
 
 
+ELDER = Parent(
+    name="elder",
+    base_uri="pvc://models/tiny",
+    base_digest="sha256:" + "b" * 64,
+    artifact_uri="pvc://old-store/adapters/sha256-a",
+    artifact_digest="sha256:" + "a" * 64,
+)
+
+
+def test_prepare_reads_the_parent_and_its_base_where_they_lie() -> None:
+    of = owner(model={"uri": "model://elder"})
+    request = build.request_of(of, SETTINGS, ELDER)
+    assert (request.parent, request.base_uri) == (ELDER, "pvc://models/tiny")
+    mounts = pod(build.prepare_job(of, request, SETTINGS))["containers"][0]["volumeMounts"]
+    assert [mount["mountPath"] for mount in mounts if "/claims/" in mount["mountPath"]] == [
+        "/mnt/claims/models",
+        "/mnt/claims/old-store",
+    ]
+
+
+def test_the_model_names_its_parent() -> None:
+    of = owner(model={"uri": "model://elder"})
+    report = finished().report
+    assert isinstance(report, FinishReport)
+    assert report.adapter is not None
+    whole = plan(of).model_copy(update={"request": build.request_of(of, SETTINGS, ELDER)})
+    body = build.finetuned_model(of, whole, report.adapter)
+    assert body["spec"]["parent"] == {"name": "elder", "digest": ELDER.artifact_digest}
+    assert FineTunedModelSpec.model_validate(body["spec"]).parent == resolved_of(whole).parent
+
+
 def test_request_and_plan_are_immutable_documents() -> None:
     of = owner()
     request = build.request_of(of, SETTINGS)
@@ -239,8 +272,6 @@ def test_the_store_has_no_owner() -> None:
 
 
 def test_the_model_is_named_by_its_digest_and_fits_its_own_schema() -> None:
-    from tuneward_api.finetunedmodel import FineTunedModelSpec
-
     of = owner(register={"name": "support"}, serve={"server": "assistant"})
     report = finished().report
     assert isinstance(report, FinishReport)

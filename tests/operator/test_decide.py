@@ -62,6 +62,24 @@ def test_several_workers_need_a_claim_for_several_nodes(nodes: int, phase: Phase
     assert decided(picture).status.phase == phase
 
 
+def test_a_job_waits_for_the_model_that_it_goes_on_from() -> None:
+    of = owner(model={"uri": "model://elder"})
+    problem = "FineTunedModel elder (spec.model.uri) does not exist in this namespace; `kubectl get ftm` lists those"
+    waiting = decided(seen(of, parent_problem=problem))
+    assert (waiting.step, waiting.status.phase, waiting.status.message) == (None, Phase.PENDING, problem)
+    assert truth(waiting, "Stalled") == ("True", "InputMissing")
+    assert waiting.wake is not None
+    assert decided(seen(of, status=waiting.status)).step == Step.PREPARE
+    # What prepare needs of it was pinned before.
+    running = helper("prepare", ended=False)
+    assert decided(seen(of, parent_problem=problem, prepare=running)).status.phase == Phase.VALIDATING
+    assert decided(seen(of, parent_problem=problem, prepare=prepared())).needs_plan
+    failed = decided(seen(of, parent_problem=problem, prepare=helper("prepare", failure=classify(exit_code=137))))
+    assert failed.status.phase == Phase.RECOVERING
+    gone = decided(seen(of, parent_problem=problem, status=failed.status))
+    assert (gone.step, gone.status.phase, gone.status.message) == (None, Phase.PENDING, problem)
+
+
 def test_a_report_asks_for_the_plan_and_then_launches() -> None:
     assert decided(seen(prepare=prepared())).needs_plan
     picture = accepted(status={"phase": "Validating"})

@@ -86,7 +86,7 @@ def test_the_gate_refuses_with_both_figures(
     ended(job)
     _, report = run(job, monkeypatch)
     assert (report.outcome, report.reason, report.adapter) == ("Failed", Reason.GATE_REFUSED, None)
-    assert "the validation loss is 1.5000, the base model's 2.0000" in report.message
+    assert "the validation loss is 1.5000, 2.0000 before" in report.message
     assert said in report.message
     assert "the adapter stays in jobs/tiny/adapter/a1" in report.message
     assert not (tmp_path / "adapters").exists()

@@ -58,7 +58,8 @@ class Checkpoint:
 
 def identity(plan: Plan, shapes: dict[str, list[int]]) -> dict[str, Any]:
     """What must be equal for a resume at all."""
-    return {"base": plan.prepared.base.digest, "data": plan.prepared.data.summary.digest, "shapes": shapes}
+    found = {"base": plan.prepared.base.digest, "data": plan.prepared.data.summary.digest, "shapes": shapes}
+    return found if plan.request.parent is None else {**found, "parent": plan.request.parent.artifact_digest}
 
 
 def circumstances(device: torch.device, choice: Choice) -> dict[str, Any]:

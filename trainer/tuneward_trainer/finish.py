@@ -85,7 +85,7 @@ def _loss_refused(gate: Gate, metrics: Metrics) -> str | None:
         return None
     if before is None or after is None:
         return "the gate needs a validation loss, and none was measured: the validation samples hold no target token"
-    figures = f"the validation loss is {after:.4f}, the base model's {before:.4f}"
+    figures = f"the validation loss is {after:.4f}, {before:.4f} before"
     if gate.max_loss is not None and after > gate.max_loss:
         return f"{figures}; evaluation.gate.maxLoss is {gate.max_loss:g}"
     improvement = (before - after) / before if before else 0.0

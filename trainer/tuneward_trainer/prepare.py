@@ -98,12 +98,12 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     """`folder`: the run directory's own for prepare. Raises EndError."""
     spec = request.spec
     hyper = spec.hyperparameters or Hyperparameters()
-    found = models.find(spec.model.uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
+    found = models.find(request.base_uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
     facts = examine(found.folder)
     check_task(request)
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
-    method = defaults.method(spec.method or Method(), facts)
+    method = method_of(request, found, facts, places, folder.parent)
     packing = verify(found)
     tokenizer = load_tokenizer(found.folder)
     cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
@@ -159,6 +159,17 @@ def check_task(request: Request) -> None:
             grade.schema_of(task.json_schema)
         except ValueError as error:
             raise config_bad(f"spec.evaluation.task.jsonSchema is no JSON Schema: {error}") from error
+
+
+def method_of(request: Request, base: models.Found, facts: Facts, places: Places, run: Path) -> ResolvedMethod:
+    """That of the model which the job goes on from, whose adapter is then below `run`; else the job's."""
+    asked = request.spec.method or Method()
+    if request.parent is None:
+        return defaults.method(asked, facts)
+    from tuneward_trainer import parent
+
+    folder = parent.take(request.parent, base, places=places, store_claim=request.store_claim, run=run)
+    return parent.method(asked, folder, facts, request.parent.name)
 
 
 def base_of(found: models.Found, facts: Facts, tokenizer: Tokenizer) -> Base:

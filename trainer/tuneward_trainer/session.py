@@ -22,7 +22,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
-from tuneward_trainer import checkpoint, endings, memory, proof, rundir
+from tuneward_trainer import checkpoint, endings, memory, parent, proof, rundir
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
@@ -118,6 +118,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     base = load_base(model_dir, gang.device)
     seed = prepared.hyperparameters.seed
     model = add_adapters(base, prepared.method, seed=seed, base_uri=prepared.base.uri)
+    if plan.request.parent is not None:
+        parent.load(model, plan.request.parent, run)
     engine = Engine(
         model, weight_decay=prepared.hyperparameters.weight_decay, max_grad_norm=prepared.hyperparameters.max_grad_norm
     )

@@ -19,7 +19,7 @@ from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import ExitCode
 from tuneward_api.objective import PAIRS, SUPERVISED, ResolvedObjective
 from tuneward_api.resolved import ResolvedHyperparameters
-from tuneward_trainer import defaults, models
+from tuneward_trainer import defaults, models, parent
 from tuneward_trainer.data import corrected, show
 from tuneward_trainer.data.build import gather
 from tuneward_trainer.data.corrected import Corrected
@@ -136,9 +136,13 @@ def _of_request(file: Path) -> Wanted:
     """Checks the job against its model too. Raises EndError."""
     request: Request = read_request(file)
     places, spec, claim = Places.from_environment(), request.spec, request.store_claim
-    folder = models.find(spec.model.uri, places=places, store_claim=claim).folder
+    folder = models.find(request.base_uri, places=places, store_claim=claim).folder
     facts = examine(folder)
-    defaults.method(spec.method or Method(), facts)
+    method = spec.method or Method()
+    if request.parent is None:
+        defaults.method(method, facts)
+    else:
+        parent.method(method, parent.filed(request.parent, places=places, store_claim=claim), facts, request.parent.name)
     hyper = spec.hyperparameters or Hyperparameters()
     return Wanted(
         model=folder,
