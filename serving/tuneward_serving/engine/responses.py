@@ -9,6 +9,7 @@ from time import time
 from typing import Any
 
 from tuneward_serving.engine.generation import FinishReason, Piece, Scored
+from tuneward_serving.engine.text import Decoder
 
 Json = dict[str, Any]
 
@@ -67,12 +68,11 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
 class Words:
     """Tokens as people read them."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Decoder) -> None:
         self._tokenizer = tokenizer
 
     def __call__(self, token: int) -> str:
-        text: str = self._tokenizer.decode([token])
-        return text
+        return self._tokenizer.decode([token])
 
 
 def chat_logprobs(scored: Sequence[Scored], words: Words) -> Json:

@@ -15,18 +15,19 @@ from typing import Any
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from tuneward_serving.engine.errors import ApiError
 from tuneward_serving.engine.generation import BASE
+from tuneward_serving.engine.tokenizer import Tokenizer, load_tokenizer
 
 
 class Runner:
-    """`model` and `tokenizer` as transformers makes them."""
+    """`model` as transformers makes it."""
 
-    def __init__(self, model: Any, tokenizer: Any) -> None:
+    def __init__(self, model: Any, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self.max_length = _max_length(model.config)
         self.end_tokens = _end_tokens(model.generation_config, tokenizer)
@@ -111,8 +112,7 @@ def load_runner(folder: Path, device: str | None = None) -> Runner:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(usable_cpus())
     disable_progress_bar()
-    # Where mistral-common is installed, Mistral's models would get a tokenizer of another kind.
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, mistral_format=False)
+    tokenizer = load_tokenizer(folder)
     model = _load_model(folder, torch.bfloat16 if where.startswith("cuda") else torch.float32)
     model.requires_grad_(False)
     runner = Runner(model.to(where).eval(), tokenizer)
@@ -154,7 +154,7 @@ def _max_length(config: Any) -> int:
     return int(getattr(config.get_text_config(), "max_position_embeddings", None) or 2048)
 
 
-def _end_tokens(generation: GenerationConfig, tokenizer: Any) -> frozenset[int]:
+def _end_tokens(generation: GenerationConfig, tokenizer: Tokenizer) -> frozenset[int]:
     found = generation.eos_token_id if generation is not None else None
     ends = found if isinstance(found, list) else [found]
     return frozenset(int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None)

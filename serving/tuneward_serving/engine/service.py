@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from time import monotonic, time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
 from starlette.requests import Request
 
 from tuneward_serving.engine.errors import ApiError
@@ -106,9 +105,11 @@ class Service:
         """Token ids, one list for each text that is asked for."""
         runner, _ = self.ready()
         if isinstance(body, ChatBody):
-            prompts = [_chat_prompt(runner.tokenizer, body)]
+            prompts = [runner.tokenizer.chat([{"role": one.role, "content": one.text()} for one in body.messages])]
         else:
-            prompts = [_tokens(runner.tokenizer, prompt) for prompt in _each_prompt(body)]
+            prompts = [
+                runner.tokenizer.prompt(prompt) if isinstance(prompt, str) else list(prompt) for prompt in _each_prompt(body)
+            ]
         for prompt in prompts or [[]]:
             _check_prompt(prompt, runner)
         return prompts
@@ -192,30 +193,11 @@ def _check_folder(folder: Path, max_rank: int) -> None:
         raise ApiError(f"the adapter's rank {rank} exceeds --max-rank {max_rank}", param="lora_path")
 
 
-def _chat_prompt(tokenizer: Any, body: ChatBody) -> list[int]:
-    if not tokenizer.chat_template:
-        raise ApiError("the base model has no chat template; use /v1/completions", param="messages")
-    messages = [{"role": message.role, "content": message.text()} for message in body.messages]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ApiError(f"the model's chat template refuses these messages: {error}", param="messages") from error
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
-
-
 def _each_prompt(body: CompletionBody) -> Sequence[str | Sequence[int]]:
     if isinstance(body.prompt, str):
         return [body.prompt]
     tokens = [item for item in body.prompt if isinstance(item, int)]
     return [tokens] if tokens else [item for item in body.prompt if not isinstance(item, int)]
-
-
-def _tokens(tokenizer: Any, prompt: str | Sequence[int]) -> list[int]:
-    if not isinstance(prompt, str):
-        return list(prompt)
-    ids: list[int] = tokenizer(prompt)["input_ids"]
-    return ids
 
 
 def _check_prompt(prompt: Sequence[int], runner: Runner) -> None:

@@ -9,7 +9,7 @@ _HALF = "\ufffd"
 
 
 class Decoder(Protocol):
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str: ...
 
 
 class TextStream:
