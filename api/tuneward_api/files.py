@@ -197,6 +197,8 @@ class Metrics(Record):
     train_loss: float | None = None
     validation_loss_before: float | None = None
     validation_loss_after: float | None = None
+    validation_accuracy_before: float | None = None
+    validation_accuracy_after: float | None = None
     task_score_before: float | None = None
     task_score_after: float | None = None
     steps: Int = 0

@@ -61,6 +61,10 @@ class ModelMetrics(Model):
     train_loss: float | None = Field(None, description="Training loss of the last step.")
     validation_loss_before: float | None = Field(None, description="Validation loss of what the job started from.")
     validation_loss_after: float | None = Field(None, description="Validation loss of this model.")
+    validation_accuracy_before: float | None = Field(
+        None, ge=0, le=1, description="Share of the held-out target tokens that the base model would write."
+    )
+    validation_accuracy_after: float | None = Field(None, ge=0, le=1, description="The same of this model.")
     task_score_before: float | None = Field(
         None, ge=0, le=1, description="Share of the base model's answers that evaluation.task.grader accepts."
     )

@@ -19,7 +19,7 @@ from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import Finished
 from tuneward_cli.gang import Gang, failure_of
 from tuneward_cli.voice import Bar, Voice
-from tuneward_cli.words import Seen, losses_line, phase_line, progress_line, score_line
+from tuneward_cli.words import Seen, accuracy_line, losses_line, phase_line, progress_line, score_line
 from tuneward_cli.workstation import Place
 
 
@@ -133,6 +133,8 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     voice.done(phase_line(name, Phase.SUCCEEDED, report.message))
     show_losses(place, voice)
     voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
+    if (tokens := accuracy_line(metrics.validation_accuracy_before, metrics.validation_accuracy_after)) is not None:
+        voice.line(f"  {tokens}")
     if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
         voice.line(f"  {scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}")
     model = Finished(plan, adapter).name

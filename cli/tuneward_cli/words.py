@@ -128,6 +128,13 @@ def condition(resource: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
     return next((item for item in found if item.get("type") == kind), {})
 
 
+def accuracy_line(before: float | None, after: float | None) -> str | None:
+    """`held-out tokens that it would write: 41% before, 98% after`."""
+    if before is None or after is None:
+        return None
+    return f"held-out tokens that it would write: {before:.0%} before, {after:.0%} after"
+
+
 def score_line(before: float | None, after: float | None) -> str | None:
     """`answers that count: 12% before, 88% after`, where a task was graded."""
     if after is None:

@@ -135,6 +135,8 @@ def generations(job: Job) -> list[dict[str, Any]]:
 def test_answers_are_asked_before_and_after_and_graded(talking: Job) -> None:
     metrics = talking.results()[0].metrics
     assert (metrics.task_score_before, metrics.task_score_after) == (0.0, 1.0)
+    assert metrics.validation_accuracy_before is not None
+    assert (metrics.validation_accuracy_before < 0.5, metrics.validation_accuracy_after) == (True, 1.0)
     asked = generations(talking)
     assert [(one["model"], one["line"], one["right"]) for one in asked] == [
         ("base", 1, False),

@@ -84,6 +84,28 @@ def test_generate_and_disable_adapter_are_right_after_a_patched_step() -> None:
     assert torch.equal(model.generate(input_ids=torch.tensor([ids, ids]), max_new_tokens=5, do_sample=False), said)
 
 
+@pytest.mark.parametrize("cap", [None, 5.0])
+def test_a_target_is_judged_by_all_other_tokens(cap: float | None) -> None:
+    """With and without the patched head, packed and alone; with Gemma 2's soft-cap too."""
+    torch.manual_seed(0)
+    kind, config = transformers.LlamaForCausalLM, tiny_config()
+    if cap is not None:
+        kind, config = transformers.Gemma2ForCausalLM, transformers.Gemma2Config(final_logit_softcapping=cap)
+    model = verify.twin(kind, config)
+    documents = verify._documents()
+    batch = collate(enumerate(documents))
+    found = []
+    for names in ((), patches.ALL, [patches.LOSS_HEAD]):
+        with patches.applied(model, names) as forward:
+            logprobs, right = forward.judged(batch)
+            torch.testing.assert_close(logprobs, forward(batch).detach(), atol=1e-5, rtol=0)
+            found.append(right)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    best = [logits(model, sample.ids.tolist())[0, :-1].argmax(-1)[sample.weights[1:] != 0] for sample in documents]
+    assert torch.equal(found[0], (torch.cat(best) == batch.targets).float())
+
+
 def test_disable_adapter_works_inside_the_block() -> None:
     torch.manual_seed(0)
     model = verify.twin(transformers.LlamaForCausalLM, tiny_config())

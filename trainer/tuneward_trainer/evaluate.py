@@ -17,8 +17,8 @@ from tuneward_trainer import losses
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import Documents
 from tuneward_trainer.distributed import Gang
-from tuneward_trainer.losses import Loss
-from tuneward_trainer.patches import Forward
+from tuneward_trainer.losses import CrossEntropy, Loss
+from tuneward_trainer.patches import Forward, Patched
 
 
 class StoppedError(Exception):
@@ -44,19 +44,24 @@ def rows_of(lengths: Sequence[int], tokens: int, unit: int = 1) -> list[list[int
 
 
 def figures(
-    forward: Forward, documents: Documents, loss: Loss, gang: Gang, *, rows: list[list[int]], stopping: Callable[[], bool]
+    forward: Patched, documents: Documents, loss: Loss, gang: Gang, *, rows: list[list[int]], stopping: Callable[[], bool]
 ) -> dict[str, float] | None:
-    """Means of the loss's figures over all documents, by name. None if there is nothing to score. Raises StoppedError on
-    every rank where `stopping()` became true on any."""
+    """Means of the loss's figures over all documents, by name; of a cross entropy also `accuracy`, the share of the targets'
+    weight where the target is what the model would write. None if there is nothing to score. Raises StoppedError on every
+    rank where `stopping()` became true on any."""
 
     def score(row: list[int]) -> Tensor:
-        batch, logprobs = _scored(forward, documents, row, gang.device)
+        batch, (logprobs, right) = _scored(forward.judged, documents, row, gang.device, 2)
         total = loss.total(documents[index] for index in row)
-        return torch.cat([loss(logprobs, batch), torch.tensor([total], dtype=torch.float64)])
+        counted = torch.tensor([float((right * batch.weights).sum()), total], dtype=torch.float64)
+        return torch.cat([loss(logprobs, batch), counted])
 
-    found = _every_row(score, rows, len(loss.figures) + 1, gang, stopping)
-    *sums, total = found.sum(0).tolist()
-    return {name: value / total for name, value in zip(loss.figures, sums, strict=True)} if total else None
+    found = _every_row(score, rows, len(loss.figures) + 2, gang, stopping)
+    *sums, right, total = found.sum(0).tolist()
+    if not total:
+        return None
+    accuracy = {"accuracy": right / total} if isinstance(loss, CrossEntropy) else {}
+    return {name: value / total for name, value in zip(loss.figures, sums, strict=True)} | accuracy
 
 
 def logprobs(
@@ -94,8 +99,10 @@ def heed(gang: Gang, stopping: Callable[[], bool]) -> None:
         raise StoppedError
 
 
-def _scored(forward: Forward, documents: Documents, row: list[int], device: torch.device) -> tuple[Batch, Tensor]:
-    """The row's batch and log-probabilities [R], in float64 on the CPU."""
+def _scored(
+    forward: Forward, documents: Documents, row: list[int], device: torch.device, *kinds: int
+) -> tuple[Batch, Tensor]:
+    """The row's batch, and [*kinds, R] of its targets, in float64 on the CPU."""
     batch = collate((index, documents[index]) for index in row)
-    scored = forward(batch.to(device)).double().cpu() if len(batch.rows) else torch.zeros(0, dtype=torch.float64)
+    scored = forward(batch.to(device)).double().cpu() if len(batch.rows) else torch.zeros(*kinds, 0, dtype=torch.float64)
     return replace(batch, weights=batch.weights.double()), scored

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
@@ -40,10 +41,29 @@ _CHUNK_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 25}
 
 Forward = Callable[[Batch], Tensor]
 """Batch -> float32 [R], the log-probability of each target."""
+Head = Callable[[Tensor, Tensor], Tensor]
+"""What the model gives of R rows, int64 [R] targets -> float32 [R], or of a judge [2, R]."""
+
+
+@dataclass(frozen=True)
+class Patched:
+    """The model's forward pass, and the same for held-out documents."""
+
+    forward: Callable[[Head, Batch], Tensor]
+    head: Head
+    judge: Head
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """float32 [R], the log-probability of each target."""
+        return self.forward(self.head, batch)
+
+    def judged(self, batch: Batch) -> Tensor:
+        """float32 [2, R]: the log-probability of each target, and 1 where no other token has a higher one. No gradient."""
+        return self.forward(self.judge, batch)
 
 
 @contextmanager
-def applied(model: PeftModel, names: Collection[str] = ALL, *, recompute: bool = False) -> Iterator[Forward]:
+def applied(model: PeftModel, names: Collection[str] = ALL, *, recompute: bool = False) -> Iterator[Patched]:
     """The model's forward pass with the patches in `names`; outside the block the model is plain again.
 
     Without packed-attention each document has a forward pass of its own. With `recompute` only the inputs of layers are
@@ -57,14 +77,14 @@ def applied(model: PeftModel, names: Collection[str] = ALL, *, recompute: bool =
             stack.enter_context(_lora_linears(base))
         if GATED_MLP in names:
             stack.enter_context(_gated_mlps(base))
-        head = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else _plain_head
+        head, judge = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else (_plain_head, _plain_judge)
         packed = PACKED_ATTENTION in names
         if packed:
             stack.enter_context(_attention(base))
-        yield functools.partial(_forward_packed if packed else _forward_alone, base, head)
+        yield Patched(functools.partial(_forward_packed if packed else _forward_alone, base), head, judge)
 
 
-def _forward_packed(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+def _forward_packed(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
     scored = base(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
@@ -78,7 +98,7 @@ def _forward_packed(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tens
     return head(scored, batch.targets)
 
 
-def _forward_alone(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tensor], batch: Batch) -> Tensor:
+def _forward_alone(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
     """Document after document, as at inference. Right for every model, also where states cross a packed row."""
     parts = []
     for document in range(batch.documents):
@@ -86,12 +106,18 @@ def _forward_alone(base: PreTrainedModel, head: Callable[[Tensor, Tensor], Tenso
         rows = slice(*batch.row_bounds[document : document + 2])
         scored = base(input_ids=batch.ids[None, start:stop], logits_to_keep=batch.rows[rows] - start, use_cache=False)
         parts.append(head(scored.logits[0], batch.targets[rows]))
-    return torch.cat(parts)
+    return torch.cat(parts, -1)
 
 
 def _plain_head(logits: Tensor, targets: Tensor) -> Tensor:
     """float [R, V], int64 [R] -> float32 [R]."""
     return logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+
+
+def _plain_judge(logits: Tensor, targets: Tensor) -> Tensor:
+    found = logits.float().log_softmax(-1)
+    chosen = found.gather(-1, targets[:, None])[:, 0]
+    return torch.stack([chosen, (chosen >= found.amax(-1)).float()])
 
 
 # -- packed attention ------------------------------------------------------------------------------------------------
@@ -118,7 +144,7 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 
 @contextmanager
-def _loss_head(base: PreTrainedModel) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+def _loss_head(base: PreTrainedModel) -> Iterator[tuple[Head, Head]]:
     """The model's own forward pass, but its head hands the hidden states through, and we score them.
 
     What a model does to its logits is applied to the hidden states instead: right for a scale (Granite, Cohere), since
@@ -134,7 +160,10 @@ def _loss_head(base: PreTrainedModel) -> Iterator[Callable[[Tensor, Tensor], Ten
         if cap is not None:
             config.final_logit_softcapping = None
             stack.callback(setattr, config, "final_logit_softcapping", cap)
-        yield lambda hidden, targets: _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, cap)
+        yield (
+            lambda hidden, targets: _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, cap),
+            lambda hidden, targets: _judged(hidden, head.weight, head.bias, targets, cap),
+        )
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -146,9 +175,7 @@ class _TargetLogprobs(torch.autograd.Function):
         """[R, H], [V, H], [V], int64 [R] -> float32 [R]."""
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         slopes = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
+        for part in _chunks(hidden, weight):
             # A function of its own: its logits are gone before those of the next chunk are made.
             _score_chunk(
                 hidden[part],
@@ -168,6 +195,21 @@ class _TargetLogprobs(torch.autograd.Function):
         return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
 
 
+def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+    """Rows that are scored at once."""
+    chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
+    return (slice(start, start + chunk) for start in range(0, len(hidden), chunk))
+
+
+@torch.no_grad()
+def _judged(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None) -> Tensor:
+    """[R, H], [V, H], [V], int64 [R] -> float32 [2, R]."""
+    found = torch.empty(2, len(hidden), dtype=torch.float32, device=hidden.device)
+    for part in _chunks(hidden, weight):
+        _score_chunk(hidden[part], weight, bias, targets[part, None], cap, found[0, part], None, found[1, part])
+    return found
+
+
 def _score_chunk(
     hidden: Tensor,
     weight: Tensor,
@@ -176,13 +218,17 @@ def _score_chunk(
     cap: float | None,
     logprobs: Tensor,
     slopes: Tensor | None,
+    right: Tensor | None = None,
 ) -> None:
-    """[r, H], [V, H], [V], int64 [r, 1] -> fills float32 [r] and, unless None, [r, H]."""
+    """[r, H], [V, H], [V], int64 [r, 1] -> fills float32 [r] and, unless None, [r, H] and [r]."""
     scores, bend = _scores(hidden, weight, bias, cap)
     scores -= scores.amax(-1, keepdim=True)
     chosen = scores.gather(-1, targets)
     sums = scores.exp_().sum(-1, keepdim=True)
     logprobs.copy_((chosen - sums.log())[:, 0])
+    if right is not None:
+        # Of the highest score nothing was left.
+        right.copy_((chosen >= 0)[:, 0])
     if slopes is not None:
         gradient = scores.div_(sums.neg_())
         gradient.scatter_add_(-1, targets, torch.ones_like(sums))

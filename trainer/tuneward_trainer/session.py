@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -78,8 +78,10 @@ class Session:
     held_out_loss: Loss = cross_entropy
     """The same for the validation documents."""
     best: Best
-    before: float | None = None
-    after: float | None = None
+    before: dict[str, float] | None = None
+    """Of the model that the job starts from on held-out documents, by name; None: not yet measured."""
+    after: dict[str, float] = field(default_factory=dict)
+    """The last ones."""
     score_before: float | None = None
     score_after: float | None = None
     """Shares of the answers that count, of the model that the job starts from and of the result."""
@@ -162,7 +164,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         watch=LossWatch(uniform_loss(base, prepared.objective.type), **(found.watch if found is not None else {})),
         saved_step=step,
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
-        before=notes.get("validation_loss_before"),
+        before=measured_before(notes),
         score_before=notes.get("task_score_before"),
     )
 
@@ -180,6 +182,12 @@ def rows_of(plan: Plan, model_dir: Path, gang: Gang) -> memory.Choice:
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU, whatever else runs there: a resumed job shall find the same. None on a CPU, where prepare chose."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def measured_before(notes: dict[str, float]) -> dict[str, float] | None:
+    """Of a checkpoint's notes."""
+    found = {name: notes[key] for name in ("loss", "accuracy") if (key := f"validation_{name}_before") in notes}
+    return found or None
 
 
 def uniform_loss(base: PreTrainedModel, objective: ObjectiveType) -> float:
@@ -276,11 +284,13 @@ def samples(training: Documents) -> list[Any]:
 
 
 def metrics(session: Session, seconds: float) -> Metrics:
-    step = session.engine.step
+    step, before = session.engine.step, session.before or {}
     return Metrics(
         train_loss=_finite(session.train_loss),
-        validation_loss_before=_finite(session.before),
-        validation_loss_after=_finite(session.after),
+        validation_loss_before=before.get("loss"),
+        validation_loss_after=session.after.get("loss"),
+        validation_accuracy_before=before.get("accuracy"),
+        validation_accuracy_after=session.after.get("accuracy"),
         task_score_before=session.score_before,
         task_score_after=session.score_after,
         steps=step,

@@ -39,7 +39,7 @@ from tuneward_trainer.batch import collate
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
 from tuneward_trainer.losses import Preference
-from tuneward_trainer.patches import Forward
+from tuneward_trainer.patches import Forward, Patched
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
 from tuneward_trainer.session import Session, Stop, begin, conclude, device_memory
 
@@ -76,6 +76,7 @@ def train(session: Session) -> None:
                 save(session)
         if not (session.stopped or session.best.spent):
             compare(session, forward)
+        choose(session, forward)
 
 
 def one_step(session: Session, forward: Forward) -> dict[str, Any]:
@@ -185,17 +186,19 @@ def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: 
 # -- before the first step ---------------------------------------------------------------------------------------------
 
 
-def start(session: Session, forward: Forward) -> None:
+def start(session: Session, forward: Patched) -> None:
     """Measures the model that the job starts from, whose state the engine has, and then goes on to the checkpoint's."""
     try:
         prepare_losses(session, forward)
         if session.before is None and not session.stopped:
             measure(session, forward)
-            session.before, session.after = session.after, None
+            session.before, session.after = session.after, {}
     except evaluate.StoppedError:
         session.stopped = True
     if session.before is not None and session.saver is not None:
-        checkpoint.write_notes(session.saver, validation_loss_before=session.before)
+        checkpoint.write_notes(
+            session.saver, **{f"validation_{name}_before": value for name, value in session.before.items()}
+        )
     if session.found is not None:
         session.engine.load(session.found.state, session.found.step)
         session.found = replace(session.found, state={})
@@ -273,7 +276,7 @@ def evaluation_due(session: Session) -> bool:
     return bool(every) and step % (every or 1) == 0 and step < last and not session.stopped
 
 
-def compare(session: Session, forward: Forward) -> None:
+def compare(session: Session, forward: Patched) -> None:
     """Measures, and with `patience` keeps the state if it is the best so far. A rank that is asked to stop meanwhile stops
     all: the next attempt measures again."""
     try:
@@ -281,9 +284,9 @@ def compare(session: Session, forward: Forward) -> None:
     except evaluate.StoppedError:
         session.stopped = True
         return
-    if session.best.patience is None or session.after is None:
+    if session.best.patience is None or not session.after:
         return
-    better = session.best.see(session.engine.step, session.after)
+    better = session.best.see(session.engine.step, session.after["loss"])
     if session.saver is not None:
         checkpoint.write_notes(session.saver, **session.best.notes())
         if better:
@@ -292,18 +295,17 @@ def compare(session: Session, forward: Forward) -> None:
             save(session, proved=True)
 
 
-def measure(session: Session, forward: Forward) -> None:
+def measure(session: Session, forward: Patched) -> None:
     """The validation loss, and what belongs to it, after the step that the engine is at. Raises StoppedError."""
-    found = _figures(session, forward)
-    session.after = found["loss"] if found is not None else session.after
-    session.reporter.update(validation_loss=session.after)
-    if session.log is not None and found is not None:
+    found = session.after = _figures(session, forward) or {}
+    session.reporter.update(validation_loss=found.get("loss"))
+    if session.log is not None and found:
         session.log.write(step=session.engine.step, **{f"validation_{name}": value for name, value in found.items()})
         said = "".join(f"  {name.replace('_', ' ')} {value:.4f}" for name, value in found.items() if name != "loss")
         logger.info("validation loss at step %d: %.4f%s", session.engine.step, found["loss"], said)
 
 
-def _figures(session: Session, forward: Forward) -> dict[str, float] | None:
+def _figures(session: Session, forward: Patched) -> dict[str, float] | None:
     validation, unit = session.validation, session.schedule.unit
     if validation is None or not len(validation):
         return None
@@ -365,7 +367,7 @@ def write_proved(session: Session) -> None:
         session.unproved = None
 
 
-def choose(session: Session) -> None:
+def choose(session: Session, forward: Patched) -> None:
     """With `patience`, the state with the lowest validation loss is the result; the engine gets it, on every rank."""
     best, engine = session.best, session.engine
     session.last_step = engine.step
@@ -381,7 +383,7 @@ def choose(session: Session) -> None:
             f"the checkpoint of step {best.step}, which had the lowest validation loss, is not there"
         )
     engine.load(found.state, found.step)
-    session.after = best.loss
+    compare(session, forward)
 
 
 # -- from the plan to a result -----------------------------------------------------------------------------------------
@@ -393,7 +395,6 @@ def run_rank(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> int:
     session = begin(plan, gang, stop, reporter)
     trial.before(session)
     train(session)
-    choose(session)
     trial.after(session)
     result = conclude(session, seconds=time.monotonic() - began)
     # Nobody leaves before the result is there: every worker reports it.
