@@ -81,12 +81,12 @@ def test_a_person_reads_counts_and_what_the_job_will_take(
         f"{held!s:{wide}}  {'Messages, validation':20}        2          2      86      14  16.3%",
         "tokens of a document:",
         "  up to      64        21 ########################################",
-        "1 samples occur more than once:",
+        "more than once: 1 sample",
         f"  {room.data}:21 is the same as {room.data}:2",
-        "2 validation samples are trained on, so the loss flatters:",
+        "validation that is trained on, so that its loss flatters: 2 samples",
         f"  {held}:1 is the same as {room.data}:1",
         f"  {held}:2 is the same as {room.data}:3",
-        "1 samples have the field id, which is ignored",
+        "field id, which is ignored: 1 sample",
         "the job will take 6 steps (3 epochs) of about 512 tokens (batchTokens), in rows of 45 (sequenceLength)",
     ]
 

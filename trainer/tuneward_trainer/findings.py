@@ -85,14 +85,14 @@ class Findings:
         if len(self.training):
             yield "tokens of a document:"
             yield from bars(self.training.lengths)
-        yield from _told("samples occur more than once", duplicates(self.training))
-        yield from _told("validation samples are trained on, so the loss flatters", leaks(self.training, self.validation))
+        yield from _told("more than once", duplicates(self.training))
+        yield from _told("validation that is trained on, so that its loss flatters", leaks(self.training, self.validation))
         for fate, text in _FATES.items():
-            yield from _placed(f"samples are {text}", self.gathered.fates.get(fate, Lines()))
+            yield from _placed(text, self.gathered.fates.get(fate, Lines()))
         if self.valid:
-            yield from _placed("samples are invalid and left out", self.gathered.problems.bad)
+            yield from _placed("invalid and left out", self.gathered.problems.bad)
         for name, count in self.gathered.summary.ignored_fields.items():
-            yield f"{count:,} samples have the field {name}, which is ignored"
+            yield f"field {name}, which is ignored: {_samples(count)}"
         yield from self._numbers()
         for one in self.shown:
             yield from _shown(one, colour=colour)
@@ -164,10 +164,14 @@ def bars(lengths: NDArray[np.int32]) -> Iterator[str]:
         yield f"  up to {bound:>7,} {count:>9,} {'#' * max(1, round(_BAR * count / most))}"
 
 
+def _samples(count: int) -> str:
+    return f"{count:,} {'sample' if count == 1 else 'samples'}"
+
+
 def _told(text: str, overlap: Overlap) -> Iterator[str]:
     if not overlap:
         return
-    yield f"{len(overlap):,} {text}:"
+    yield f"{text}: {_samples(len(overlap))}"
     for (file, line), (other, at) in overlap.places(PRINTED):
         yield f"  {file}:{line} is the same as {other}:{at}"
     if len(overlap) > PRINTED:
@@ -176,7 +180,7 @@ def _told(text: str, overlap: Overlap) -> Iterator[str]:
 
 def _placed(text: str, lines: Lines) -> Iterator[str]:
     if lines:
-        yield f"{len(lines):,} {text}:"
+        yield f"{text}: {_samples(len(lines))}"
         yield from (f"  {file}: {ranges(numbers)}" for file, numbers in lines.by_file.items())
 
 
@@ -200,7 +204,7 @@ def _shown(one: Shown, *, colour: bool) -> Iterator[str]:
 
 def _corrected(one: Corrected) -> Iterator[str]:
     left = f"; left out {len(one.left_out):,}: {ranges(one.left_out)}" if one.left_out else ""
-    yield f"{one.path}: {one.samples:,} samples of {one.file}{left}" if one.path else f"{one.file} has no good sample{left}"
+    yield f"{one.path}: {_samples(one.samples)} of {one.file}{left}" if one.path else f"{one.file} has no good sample{left}"
 
 
 def _source_json(counts: SourceCounts) -> dict[str, Any]:
