@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load, load_file
 from tests.serving.tiny import make_model as make_byte_model
-from tests.trainer.jobs import Gang, Job, make_data, make_job, train
+from tests.trainer.jobs import Gang, Job, make_data, make_job, make_pairs, train
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tuneward_api import manifest
@@ -183,11 +183,16 @@ def test_samples_are_spread_over_all(tmp_path: Path) -> None:
     assert task.chosen(documents, Task()) == list(range(10))
 
 
+def test_of_a_pair_the_better_answer_is_what_is_expected(tmp_path: Path) -> None:
+    pairs = Documents.open(make_pairs(tmp_path, validation=3, copies=1) / VALIDATION)
+    assert task.chosen(pairs, Task(), unit=2) == [0, 2, 4]
+
+
 def test_a_stop_in_the_middle_gives_no_score(talking: Job) -> None:
     folder = talking.store / "models/tiny"
     documents = Documents.open(talking.store / "data/tiny" / VALIDATION)
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(StoppedError):
         task.answers(
-            model, AutoTokenizer.from_pretrained(folder), documents, Task(max_tokens=2), ALONE, stopping=lambda: True
+            model, AutoTokenizer.from_pretrained(folder), documents, Task(max_tokens=2), ALONE, unit=1, stopping=lambda: True
         )

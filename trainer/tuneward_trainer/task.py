@@ -43,9 +43,10 @@ class Answer:
     """None without a grader."""
 
 
-def chosen(documents: Documents, task: Task) -> list[int]:
-    """Indices of the samples that are asked, spread over all that have a prompt and an answer."""
-    usable = [index for index in range(len(documents)) if answer_start(documents[index])]
+def chosen(documents: Documents, task: Task, unit: int = 1) -> list[int]:
+    """Indices of the samples that are asked, spread over all that have a prompt and an answer. `unit`: documents of one
+    sample; of a pair the better answer, which is the first, is what is expected."""
+    usable = [index for index in range(0, len(documents), unit) if answer_start(documents[index])]
     wanted = min(task.samples or evaluation.TASK_SAMPLES, len(usable))
     return [usable[place * len(usable) // wanted] for place in range(wanted)]
 
@@ -60,10 +61,17 @@ def answer_start(document: Document) -> int:
 
 
 def answers(
-    model: Any, tokenizer: Tokenizer, documents: Documents, task: Task, gang: Gang, *, stopping: Callable[[], bool]
+    model: Any,
+    tokenizer: Tokenizer,
+    documents: Documents,
+    task: Task,
+    gang: Gang,
+    *,
+    unit: int,
+    stopping: Callable[[], bool],
 ) -> list[Answer]:
     """On every rank the answers of all. Raises StoppedError where `stopping()` became true on any rank."""
-    asked, ask = chosen(documents, task), _Asked(model, tokenizer, task, gang.device, stopping)
+    asked, ask = chosen(documents, task, unit), _Asked(model, tokenizer, task, gang.device, stopping)
     found: list[Answer] = []
     for start in range(0, len(asked), gang.world):
         mine = asked[start + gang.rank : start + gang.rank + 1]

@@ -41,7 +41,13 @@ def _ask(session: Session, which: str) -> float | None:
     tokenizer = load_tokenizer(rundir.directory(names.ENV_MODEL_DIR))
     try:
         found = task.answers(
-            session.engine.model, tokenizer, validation, asked, session.gang, stopping=lambda: session.stop.asked
+            session.engine.model,
+            tokenizer,
+            validation,
+            asked,
+            session.gang,
+            unit=session.schedule.unit,
+            stopping=lambda: session.stop.asked,
         )
     except StoppedError:
         session.stopped = True
