@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuneward_api import curves
 from tuneward_api.conditions import FailureClass, Phase
 from tuneward_api.failures import Failure
-from tuneward_api.files import FinishReport, Plan
+from tuneward_api.files import FinishReport, Plan, Result
 from tuneward_api.finetunejob import FineTuneJob
 from tuneward_api.names import ExitCode
 from tuneward_cli import workstation
@@ -83,6 +83,8 @@ def _attempt(place: Place, plan: Plan, name: str, voice: Voice) -> Failure | Non
     try:
         with voice.bar(name) as bar:
             code, result = gang.watch(lambda seen: _show(bar, name, seen))
+            if result is not None and result.step > bar.seen.step:
+                _show(bar, name, ended(bar.seen, result))
     except KeyboardInterrupt:
         voice.line("… stopping: a checkpoint is being saved (Ctrl-C again gives up on it)")
         raise
@@ -97,6 +99,12 @@ def _show(bar: Bar, name: str, seen: Seen | None) -> None:
     phase = Phase.RUNNING if last.steps else Phase.STARTING
     bar.phase(phase, phase_line(name, phase, progress_line(last) if last.steps else None))
     bar.update(last)
+
+
+def ended(last: Seen, result: Result) -> Seen:
+    """The last look at a leader misses its last steps; the result does not."""
+    loss = result.metrics.train_loss
+    return replace(last, step=result.step, steps=result.steps, loss=last.loss if loss is None else loss, eta_seconds=None)
 
 
 def _code_of(failure: Failure) -> int:

@@ -97,5 +97,6 @@ def test_a_terminal_shows_the_curve_at_the_end(station: Station) -> None:
     assert "└────" in shown
     assert "step 0 " in shown
     assert "loss  · training   ● validation" in shown
-    assert re.search(r"step 12/12, loss [\d.]+, [\d,]+ tokens/s, [\d.]+ GiB", shown), shown
+    # Speed and memory are those of the last look, which so short a training may escape.
+    assert re.search(r"step 12/12, loss [\d.]+(, [\d,]+ tokens/s)?(, [\d.]+ GiB)?\s", shown), shown
     assert f"  loss curve: {station.run / 'loss.svg'}" in shown

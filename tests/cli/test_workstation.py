@@ -13,9 +13,10 @@ from tuneward_api.conditions import FailureClass
 from tuneward_api.failures import DEFAULT_RETRIES
 from tuneward_api.files import Plan, PrepareReport, canonical_json
 from tuneward_api.finetunejob import RunPolicy
-from tuneward_cli import workstation
+from tuneward_cli import train, workstation
 from tuneward_cli.documents import Loaded, load, load_valid, the_job
 from tuneward_cli.errors import CommandError
+from tuneward_cli.words import Seen
 
 JOB = """\
 apiVersion: v1
@@ -179,3 +180,10 @@ def test_budgets_come_from_the_spec_first() -> None:
     assert budget[FailureClass.INFRASTRUCTURE] == 0
     assert budget[FailureClass.OUT_OF_MEMORY] == 7
     assert budget[FailureClass.HANG] == DEFAULT_RETRIES[FailureClass.HANG]
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(0.5, 0.5), (None, 7.9)])
+def test_the_last_line_is_that_of_the_result(loss: float | None, shown: float) -> None:
+    last = Seen(3, 100, loss=7.9, tokens_per_second=99.0, eta_seconds=4, memory_bytes=5)
+    found = train.ended(last, result(metrics={"trainLoss": loss} if loss is not None else {}))
+    assert found == Seen(100, 100, loss=shown, tokens_per_second=99.0, memory_bytes=5)
