@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -62,6 +63,16 @@ class Worker:
         return text
 
 
+def sockets(pid: int) -> set[str]:
+    """`socket:[INODE]` of each that the process holds."""
+    found = set()
+    for file in Path(f"/proc/{pid}/fd").iterdir():
+        # Another may be closed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            found.add(str(file.readlink()))
+    return {link for link in found if link.startswith("socket:")}
+
+
 def terminated(job: Job) -> Result:
     return Result.model_validate_json((job.run / "termination").read_bytes())
 
@@ -93,6 +104,7 @@ def test_a_killed_rank_ends_its_worker_at_once_and_is_named(tmp_path: Path) -> N
     worker = Worker(job, TUNEWARD_STATUS_DIR=str(status))
     await_(lambda: len(step_lines(job)) > 1 or worker.process.poll() is not None, worker.said)
     ranks = [json.loads((status / f"rank-{rank}.json").read_text())["pid"] for rank in (0, 1)] if worker.said() else []
+    assert all(sockets(worker.process.pid).isdisjoint(sockets(rank)) for rank in ranks)
     os.kill(ranks[1], signal.SIGKILL)
     assert worker.wait() == 75
     result = terminated(job)

@@ -12,10 +12,11 @@ import logging
 import os
 import signal
 import socket
+import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -50,6 +51,8 @@ class Shape:
     workers: int
     index: int
     ranks_here: int
+    gpus: bool = False
+    """Each rank here has one."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,9 @@ class Outcome:
 
 def main(plan_path: Path) -> int:
     """Trains what the plan says and returns the exit code of the contract."""
+    # Before torch is loaded. libgomp's threads spin for a millisecond at each barrier: where processors are shared (a
+    # quota, other pods) a step then takes twice as long.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     start_logging()
     try:
         plan = rundir.load_plan(plan_path)
@@ -145,9 +151,9 @@ def shape_of(plan: Plan) -> Shape:
     gpus = 0 if gpus_asked == 0 else torch.cuda.device_count()
     index = os.environ.get("JOB_COMPLETION_INDEX")
     if index is not None:
-        return Shape(replicas, int(index), max(1, min(gpus, gpus_asked or gpus)))
+        return Shape(replicas, int(index), max(1, min(gpus, gpus_asked or gpus)), gpus > 0)
     wanted = replicas * max(1, 1 if gpus_asked is None else gpus_asked)
-    return Shape(1, 0, max(1, min(wanted, gpus or processors())))
+    return Shape(1, 0, max(1, min(wanted, gpus or processors())), gpus > 0)
 
 
 def memory_kills() -> int:
@@ -170,9 +176,12 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed").setLevel(logging.ERROR)
+    # How ranks end is said here, in the words of the contract.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT") or free_port())
     prepare_environment(shape)
+    program, *arguments = program_of(plan_path, shape)
     config = LaunchConfig(
         min_nodes=shape.workers,
         max_nodes=shape.workers,
@@ -184,6 +193,7 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
         rdzv_configs={"rank": shape.index, "timeout": RENDEZVOUS_SECONDS},
         local_addr=os.environ.get(names.ENV_POD_IP) or None,
         max_restarts=0,
+        start_method="fork",
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs"), redirects=Std.ALL, tee=Std.ALL),
         log_line_prefix_template="[rank ${rank}] ",
         signals_to_handle="SIGTERM,SIGINT",
@@ -191,7 +201,7 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
     )
     watch = StopWhileGathering()
     try:
-        elastic_launch(config, sys.executable)("-m", "tuneward_trainer.train", str(plan_path))
+        elastic_launch(config, program)(*arguments)
     except ChildFailedError as error:
         return Outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
     except SignalException:
@@ -203,12 +213,47 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
     return Outcome({})
 
 
+def program_of(plan_path: Path, shape: Shape) -> tuple[Callable[[str], None] | str, *tuple[str, ...]]:
+    """What each rank runs, and its arguments.
+
+    Without a GPU it is forked from this process, which then loads torch and the models' libraries for all of them: a
+    program of its own takes longer to load than a small job takes to train. CUDA does not outlive a fork.
+    """
+    if shape.gpus:
+        return sys.executable, "-m", "tuneward_trainer.train", str(plan_path)
+    import tuneward_trainer.train  # noqa: F401 - for the ranks
+
+    return forked_rank, str(plan_path)
+
+
+def forked_rank(plan_path: str) -> None:
+    """In the child. Returns where all is well, as torchrun's agent expects; else the process ends with the exit code."""
+    from tuneward_trainer import train
+
+    # What the launcher does on a signal is not for its ranks.
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
+    close_sockets()
+    code = train.run(Path(plan_path))
+    if code:
+        os._exit(code)
+
+
+def close_sockets() -> None:
+    """A rank that outlives its launcher by a moment must not hold its ports. Their numbers stay taken, so that whoever
+    still knows one closes nothing of ours."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in list(Path("/proc/self/fd").iterdir()):
+        with contextlib.suppress(OSError):
+            if stat.S_ISSOCK(os.fstat(int(file.name)).st_mode):
+                os.dup2(nothing, int(file.name))
+    os.close(nothing)
+
+
 def prepare_environment(shape: Shape) -> None:
     """For the ranks, which inherit it."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // shape.ranks_here)))
-    # libgomp's threads spin for a millisecond at each barrier: where processors are shared (a quota, other pods) a step
-    # then takes twice as long.
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     # Ranks log through a pipe, and a line must be seen when it is said.
     os.environ["PYTHONUNBUFFERED"] = "1"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -39,6 +39,7 @@ from tuneward_trainer.batch import collate
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
 from tuneward_trainer.losses import Preference
+from tuneward_trainer.machine import processors
 from tuneward_trainer.patches import Forward, Patched
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
 from tuneward_trainer.session import Session, Stop, begin, conclude, device_memory
@@ -46,6 +47,7 @@ from tuneward_trainer.session import Session, Stop, begin, conclude, device_memo
 DEFAULT_SECONDS: Final = 300
 _LOG_SECONDS: Final = 2.0
 _FENCE_SECONDS: Final = 2.0
+_YIELD_SECONDS: Final = 0.5
 _WIDE: Final = 1 << 20
 """A document's index rides on the reduced vector as two floats below this."""
 
@@ -428,6 +430,9 @@ def main(plan_path: Path) -> int:
         ending = endings.classify(error, lambda: memory_remedy(plan_path))
         logger.error("%s\n%s", ending.message, "".join(traceback.format_exception(error)).rstrip())
         leave(folder, rank, ending)
+        if ending.secondary:
+            # The launcher knows ranks by the first that it sees gone, which must not be one that only lost another.
+            time.sleep(_YIELD_SECONDS)
         return ending.exit_code
 
 
@@ -452,11 +457,18 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
-if __name__ == "__main__":
+def run(plan_path: Path) -> int:
+    """`main` as a process of its own. The caller ends by os._exit: after a failure the process group's threads may wait
+    for peers that are gone."""
     die_with_parent()
-    code = main(Path(sys.argv[1]))
+    # Where the launcher was forked, torch was loaded before it was known how many ranks share the processors.
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS") or processors()))
+    code = main(plan_path)
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # Not sys.exit: after a failure the process group's threads may wait for peers that are gone.
-    os._exit(code)
+    return code
+
+
+if __name__ == "__main__":
+    os._exit(run(Path(sys.argv[1])))
