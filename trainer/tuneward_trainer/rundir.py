@@ -123,18 +123,3 @@ def leave(run: Path, number: int, name: str, value: dict[str, Any]) -> None:
         (attempt_directory(run, number) / name).write_text(json.dumps(value, ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         logger.error("%s was not written: %s", name, error)
-
-
-class MetricsLog:
-    """attempts/<n>/metrics.jsonl: one line a step. Steps that an earlier attempt made again occur twice over all
-    attempts; readers key by step."""
-
-    def __init__(self, run: Path, number: int) -> None:
-        self._file = (attempt_directory(run, number) / "metrics.jsonl").open("a", buffering=1)
-
-    def write(self, **values: float | int | None) -> None:
-        kept = {name: value for name, value in values.items() if value is not None and value - value == 0}
-        self._file.write(json.dumps(kept) + "\n")
-
-    def close(self) -> None:
-        self._file.close()

@@ -29,6 +29,7 @@ from tuneward_trainer.distributed import Gang
 from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import Loss, cross_entropy
+from tuneward_trainer.metrics import MetricsLog
 from tuneward_trainer.model import add_adapters, load_base
 from tuneward_trainer.progress import Reporter
 from tuneward_trainer.schedule import Schedule, documents_a_unit
@@ -71,7 +72,7 @@ class Session:
     """To go on from, once the model that the job starts from is measured."""
     saver: checkpoint.Saver | None
     """The leader's alone."""
-    log: rundir.MetricsLog | None
+    log: MetricsLog | None
     """The leader's alone."""
     watch: LossWatch
     loss: Loss = cross_entropy
@@ -160,7 +161,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         attempt=attempt,
         found=found,
         saver=saver,
-        log=rundir.MetricsLog(run, attempt) if gang.leads else None,
+        log=MetricsLog(run, attempt, step) if gang.leads else None,
         watch=LossWatch(uniform_loss(base, prepared.objective.type), **(found.watch if found is not None else {})),
         saved_step=step,
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),

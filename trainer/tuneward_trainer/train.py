@@ -101,10 +101,11 @@ def tell(session: Session, facts: dict[str, Any], timing: dict[str, Any]) -> Non
     shown = {name: value for name, value in facts.items() if name not in ("grad_norm", "tokens")}
     shown |= {name: timing[name] for name in ("tokens_per_second", "eta_seconds")}
     saved = session.saver.last if session.saver is not None else None
-    shown |= {"memory_bytes": memory.taken(session.gang.device.type), "epoch": session.schedule.epoch(step)}
+    taken = memory.taken(session.gang.device.type)
+    shown |= {"memory_bytes": taken, "epoch": session.schedule.epoch(step)}
     session.reporter.update(phase="Training", step=step, checkpoint=saved, **shown)
     if session.log is not None:
-        session.log.write(step=step, **facts, **timing)
+        session.log.write(step=step, **facts, **timing, memory_bytes=taken)
         _say(step, steps, facts, timing)
 
 
