@@ -17,7 +17,7 @@ export PYTHONUNBUFFERED := 1
 # A test or a job must not wait for a hub that it does not use.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-slow check lint types imports verify generate setup python local helm model lock tests go-test format clean
+.PHONY: help demo test test-slow trackers check lint types imports verify generate setup python local helm model lock tests go-test format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -53,7 +53,7 @@ go-test: local
 tests: ## every test, the demo among them
 	@$(BIN)/pytest -q -n 3 --dist loadscope --no-loadscope-reorder -m "not slow and not gpu" || $(AGAIN)
 
-test-slow: setup model ## what takes longer than make test allows
+test-slow: setup model trackers ## what takes longer than make test allows
 	@$(BIN)/pytest -q -m slow
 
 setup: ## Python environment and local Kubernetes, both at the same time
@@ -74,6 +74,15 @@ $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	@.ci/progress "Python: bytecode" $(BIN)/python -c "import $(LOADED)"
 	@touch $@
 
+trackers: .build/trackers/.stamp
+	@:
+
+.build/trackers/.stamp: requirements/trackers.txt | python
+	@mkdir -p .build
+	@$(BIN)/uv venv --quiet --clear --python $(BIN)/python .build/trackers
+	@.ci/progress "Python: trackers" $(BIN)/uv pip sync --quiet --python .build/trackers/bin/python --require-hashes requirements/trackers.txt
+	@touch $@
+
 local: ## the local Kubernetes (a Go build: minutes the first time)
 	@local/build.sh $(OUT)
 
@@ -87,9 +96,10 @@ model: .cache/models/smollm2-135m-instruct/MANIFEST.json ## the demo's base mode
 	@.ci/progress "model: SmolLM2-135M-Instruct, dequantised from Q4_1" $(BIN)/python -m tuneward_trainer import-gguf $(@D)
 
 lock: ## resolve the locks again
-	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --all-extras --group dev -o requirements/dev.txt
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra all --group dev -o requirements/dev.txt
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra operator -c requirements/dev.txt -o requirements/operator.txt
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra trainer --extra serving -c requirements/dev.txt -o requirements/trainer.txt
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --python-version 3.11 --group trackers -o requirements/trackers.txt
 	@grep -oE '^uv==[^ ]+' requirements/dev.txt | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header - -o requirements/uv.txt
 
 format: ## ruff's fixes and layout

@@ -27,6 +27,7 @@ from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
 from tuneward_api.objective import SUPERVISED, ResolvedObjective
 from tuneward_api.resolved import ResolvedData, ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
+from tuneward_api.trackers import TrackerState
 
 
 class JobRef(Record):
@@ -188,6 +189,7 @@ class Progress(Record):
     resume: str = "exact"
     rank_steps: list[Int] = Field(default_factory=list)
     node: str = ""
+    trackers: list[TrackerState] = Field(default_factory=list)
     observed_at: str = ""
 
 
@@ -226,6 +228,7 @@ class Result(Record):
     from_step: Int = 0
     resume: str = "exact"
     node: str = ""
+    trackers: list[TrackerState] = Field(default_factory=list, description="Known when the last figures were sent.")
 
     @property
     def terminal(self) -> bool:

@@ -15,6 +15,7 @@ from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.objective import RULES as OBJECTIVE_RULES
 from tuneward_api.objective import Objective
 from tuneward_api.resolved import Resolved
+from tuneward_api.trackers import Trackers, TrackerStatus
 from tuneward_api.uris import ModelUri
 
 Name = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
@@ -277,6 +278,10 @@ class FineTuneJobSpec(Model):
     workers: Workers | None = Field(None, description="The pods that train. Default: one pod with one GPU.")
     checkpoint: Checkpoint | None = Field(None, description="How often the state is saved.")
     evaluation: Evaluation | None = Field(None, description="How the result is measured.")
+    trackers: Trackers | None = Field(
+        None,
+        description="Where the figures go too. Default: nowhere but the run directory, where TensorBoard reads them.",
+    )
     store: Store | None = Field(None, description="The volume that holds models, data and results.")
     register_: Register | None = Field(None, alias="register", description="How the finished model is called.")
     serve: Serve | None = Field(None, description="Where the finished model is served. Default: nowhere.")
@@ -303,6 +308,7 @@ class FineTuneJobSpec(Model):
                 "workers",
                 "checkpoint",
                 "evaluation",
+                "trackers",
                 "store",
                 "register",
             )
@@ -399,6 +405,7 @@ class FineTuneJobStatus(Model):
     checkpoint: CheckpointStatus | None = Field(None, description="The newest complete checkpoint.")
     attempts: list[AttemptStatus] | None = Field(None, max_length=10, description="The newest ten attempts.")
     attempt_count: Int | None = Field(None, ge=0, description="Attempts in all.")
+    trackers: list[TrackerStatus] | None = Field(None, max_length=4, description="The trackers that the job asked for.")
     model: ModelStatus | None = Field(None, description="The model that the job ended in.")
 
 

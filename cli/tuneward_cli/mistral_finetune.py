@@ -153,6 +153,7 @@ class _Translator:
         self._data()
         self._numbers()
         self._saving()
+        self._trackers()
         self._note_rest()
         name = job_name(self._keys.run_dir)
         self.notes.append(f"run_dir: the run directory is jobs/{name} of the store")
@@ -296,14 +297,24 @@ class _Translator:
         if not keys.save_adapters:
             self.notes.append("save_adapters: the adapter is saved by itself; it is not merged into the model")
 
+    def _trackers(self) -> None:
+        wandb, mlflow = self._keys.wandb, self._keys.mlflow
+        if wandb.project:
+            self._set("wandb.project", "trackers.wandb.project", wandb.project)
+            where = "WANDB_MODE=offline" if wandb.offline else "WANDB_API_KEY"
+            self.notes.append(f"wandb: the run is named after the job; set {where}; no key is read from here")
+        if mlflow.tracking_uri:
+            uri = mlflow.tracking_uri if "://" in mlflow.tracking_uri else Path(mlflow.tracking_uri).absolute().as_uri()
+            self._set("mlflow.tracking_uri", "trackers.mlflow.trackingUri", uri)
+            if mlflow.experiment_name:
+                self._set("mlflow.experiment_name", "trackers.mlflow.experiment", mlflow.experiment_name)
+
     def _note_rest(self) -> None:
         """Keys that stand in the file and have no counterpart."""
         given = {*self._keys.model_fields_set, *(f"data.{name}" for name in self._keys.data.model_fields_set)}
         told = {
             "log_freq": "every step is written to attempts/<n>/metrics.jsonl of the run directory",
             "checkpoint": "whether activations are computed again is not chosen by hand",
-            "wandb": "no tracker is written to; attempts/<n>/metrics.jsonl has every step",
-            "mlflow": "no tracker is written to; attempts/<n>/metrics.jsonl has every step",
             "data.shuffle": "samples are always shuffled, by the seed",
             "data.instruct": "samples are always shuffled, by the seed; every call of a conversation is learnt in its place",
         }

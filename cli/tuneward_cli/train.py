@@ -85,6 +85,8 @@ def _attempt(place: Place, plan: Plan, name: str, voice: Voice) -> Failure | Non
             code, result = gang.watch(lambda seen: _show(bar, name, seen))
             if result is not None and result.step > bar.seen.step:
                 _show(bar, name, ended(bar.seen, result))
+        for tracker in result.trackers if result is not None else ():
+            voice.line(f"  {tracker.name}: {tracker.message or tracker.url}")
     except KeyboardInterrupt:
         voice.line("… stopping: a checkpoint is being saved (Ctrl-C again gives up on it)")
         raise

@@ -40,6 +40,7 @@ from tuneward_api.names import (
     run_directory,
 )
 from tuneward_api.names import model_name as name_of_model
+from tuneward_api.trackers import SECRET_KEYS
 from tuneward_api.uris import parse_uri
 from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
@@ -169,7 +170,8 @@ def gang_service(owner: Owner) -> Object:
 
 
 def prepare_job(owner: Owner, request: Request, settings: Settings) -> Object:
-    """Fetches, checks and tokenizes on a CPU, before any GPU is asked for. The only pod that sees Secrets."""
+    """Fetches, checks and tokenizes on a CPU, before any GPU is asked for. The only pod that sees the Secrets of model
+    and data."""
     mounts = Mounts()
     mounts.configmap(document_name(owner.name, "request"), DOCUMENTS)
     mounts.claim(request.store_claim, DEFAULT_DIRS[ENV_STORE_DIR])
@@ -209,7 +211,8 @@ def attempt_job(owner: Owner, plan: Plan, launch: int, settings: Settings) -> Ob
     if owner.gpus > 1:
         mounts.shared_memory()
     command = ["python", "-m", "tuneward_trainer", "train", "--plan", PLAN_FILE]
-    main = container("trainer", request.images.trainer, command, _gang_env(owner, name), _resources(owner, settings), mounts)
+    env = [*_gang_env(owner, name), *_tracker_env(owner.spec)]
+    main = container("trainer", request.images.trainer, command, env, _resources(owner, settings), mounts)
     main["ports"] = [{"name": "progress", "containerPort": TRAINER_PORT}]
     spec = pod_spec(main, mounts, settings) | _where_workers_go(owner.spec)
     spec["subdomain"] = gang_name(owner.name)
@@ -349,6 +352,18 @@ def _gang_env(owner: Owner, name: str) -> list[Object]:
         field_env(ENV_POD_UID, "metadata.uid"),
         field_env(ENV_POD_IP, "status.podIP"),
         field_env(ENV_NODE_NAME, "spec.nodeName"),
+    ]
+
+
+def _tracker_env(spec: FineTuneJobSpec) -> list[Object]:
+    """Keys by reference, so that they are in no object of ours. Optional: a Secret that is missing costs the job its
+    tracker and not its training."""
+    asked = spec.trackers.asked() if spec.trackers is not None else {}
+    return [
+        {"name": variable, "valueFrom": {"secretKeyRef": {"name": found.secret_ref.name, "key": key, "optional": True}}}
+        for name, found in asked.items()
+        if found.secret_ref is not None
+        for key, variable in SECRET_KEYS[name].items()
     ]
 
 

@@ -72,9 +72,9 @@ def _place(progress: Progress) -> tuple[int, str, int]:
 
 
 def _noteworthy(before: Progress, after: Progress) -> bool:
-    """A new phase, number or checkpoint, or one percent more; the rest waits for the pass that the clock asks for."""
-    same = (before.attempt, before.phase, before.steps, before.checkpoint)
-    if same != (after.attempt, after.phase, after.steps, after.checkpoint):
+    """A new phase, number, checkpoint or word of a tracker, or one percent more; the rest waits for the clock's pass."""
+    same = (before.attempt, before.phase, before.steps, before.checkpoint, before.trackers)
+    if same != (after.attempt, after.phase, after.steps, after.checkpoint, after.trackers):
         return True
     return bool(after.steps) and before.step * 100 // after.steps != after.step * 100 // after.steps
 

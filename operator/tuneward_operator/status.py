@@ -11,6 +11,7 @@ from tuneward_api.files import Plan, Progress, Result, SavedCheckpoint
 from tuneward_api.finetunejob import AttemptStatus, CheckpointStatus, FineTuneJobStatus, ProgressStatus
 from tuneward_api.names import MAX_MESSAGE
 from tuneward_api.resolved import ParentModel, Resolved, ResolvedBase
+from tuneward_api.trackers import TrackerState, TrackerStatus
 from tuneward_operator.observe import Seen, Worker
 from tuneward_operator.views import instant
 
@@ -159,6 +160,7 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
     attempts = {(entry.number, entry.pod_uid): entry for entry in status.attempts or ()}
     checkpoint = status.checkpoint
     progress = _progress(seen, now, progress_every)
+    trackers = status.trackers
     for worker in seen.workers:
         if worker.index == 0:
             _absorb_progress(
@@ -166,6 +168,7 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
             )
             _absorb_result(attempts, worker)
             checkpoint = _newer(checkpoint, _checkpoint_of(worker))
+            trackers = _trackers_of(worker) or trackers
     newest = sorted(attempts.values(), key=lambda entry: entry.number)[-SHOWN_ATTEMPTS:]
     count = max([entry.number for entry in newest] + [status.attempt_count or 0])
     return status.model_copy(
@@ -174,8 +177,19 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
             "attempt_count": count or None,
             "checkpoint": checkpoint,
             "progress": progress,
+            "trackers": trackers,
         }
     )
+
+
+def _trackers_of(worker: Worker) -> list[TrackerStatus]:
+    """What it said last: its result, else its progress."""
+    heard = worker.heard.progress.trackers if worker.heard is not None else []
+    said: list[TrackerState] = (worker.result.trackers if worker.result is not None else []) or heard
+    return [
+        TrackerStatus(name=known.name[:16], url=known.url[:512] or None, message=known.message[:512] or None)
+        for known in said[:4]
+    ]
 
 
 Attempts = dict[tuple[int, str], AttemptStatus]

@@ -43,6 +43,10 @@ spec:
     patience: 3
     task: {grader: JSONSchema, jsonSchema: '{"type": "object"}', samples: 16, maxTokens: 128}
     gate: {maxLoss: 2.0, minImprovement: 0.05, minScore: 0.8}
+  trackers:
+    wandb: {project: support, entity: acme, group: bots, baseUrl: "https://wandb.acme.com", secretRef: {name: wandb}}
+    mlflow: {trackingUri: "https://mlflow.acme.com", experiment: support, secretRef: {name: mlflow}}
+    trackio: {project: support, space: acme/trackio, secretRef: {name: hf-token}}
   store: {claimName: models}
   register: {name: support, suffix: support-v1}
   serve: {server: mistral}
@@ -86,6 +90,17 @@ CASES = [
     Bad("secret name", "spec.model.secretRef.name", "Not_A_Name", "spec.model.secretRef.name", "must match"),
     Bad("secret without name", "spec.model.secretRef.name", REMOVE, "spec.model.secretRef.name", "required"),
     Bad("unknown field in spec", "spec.modle", {}, "spec.modle", "allowed here: model, datasets"),
+    Bad("no such tracker", "spec.trackers.comet", {}, "spec.trackers.comet", "allowed here: wandb, mlflow, trackio"),
+    Bad("MLflow nowhere", "spec.trackers.mlflow.trackingUri", REMOVE, "spec.trackers.mlflow.trackingUri", "required"),
+    Bad(
+        "a password in an address",
+        "spec.trackers.mlflow.trackingUri",
+        "https://me:secret@mlflow.acme.com",
+        "spec.trackers.mlflow.trackingUri",
+        "must match",
+    ),
+    Bad("a Space of nobody", "spec.trackers.trackio.space", "trackio", "spec.trackers.trackio.space", "must match"),
+    Bad("a key in the job", "spec.trackers.wandb.apiKey", "x", "spec.trackers.wandb.apiKey", "allowed here: project"),
     Bad("no datasets", "spec.datasets", REMOVE, "spec.datasets", "required"),
     Bad("no training", "spec.datasets.training", REMOVE, "spec.datasets.training", "required"),
     Bad("training empty", "spec.datasets.training", [], "spec.datasets.training", "at least 1"),

@@ -49,7 +49,7 @@ LAYOUT = "model_id_or_path: the folder must have Hugging Face's layout (config.j
 CUT = "seq_len: what is longer is cut at its end; mistral-finetune goes on with it in the next row"
 WARMUP = "optim.pct_start: warm-up is linear from 0, then a cosine to a tenth; OneCycleLR begins at a 25th, ends near 0"
 METRICS = "every step is written to attempts/<n>/metrics.jsonl of the run directory"
-TRACKERS = "no tracker is written to; attempts/<n>/metrics.jsonl has every step"
+WANDB = "wandb: the run is named after the job; set WANDB_API_KEY; no key is read from here"
 
 
 def tokens(count: int) -> str:
@@ -102,7 +102,6 @@ def test_its_example_is_a_job(tmp_path: Path) -> None:
         tokens(32768),
         WARMUP,
         f"log_freq: {METRICS}",
-        f"wandb: {TRACKERS}",
         "run_dir: the run directory is jobs/my-first-run of the store",
     ]
 
@@ -155,6 +154,7 @@ save_adapters: false
 checkpoint: true
 log_freq: 5
 mlflow: {tracking_uri: http://x, experiment_name: y}
+wandb: {project: z, key: secret}
 lora: {rank: 8, scaling: 0.5, dropout: 0.1}
 """
 
@@ -176,6 +176,7 @@ def test_every_key_is_taken_or_told_of(tmp_path: Path) -> None:
     }
     assert spec["method"] == {"rank": 8, "alpha": 4.0, "dropout": 0.1}
     assert spec["checkpoint"] == {"keep": 100}
+    assert spec["trackers"] == {"wandb": {"project": "z"}, "mlflow": {"trackingUri": "http://x", "experiment": "y"}}
     assert spec["hyperparameters"]["batchTokens"] == 512
     assert found.notes == [
         LAYOUT,
@@ -188,9 +189,9 @@ def test_every_key_is_taken_or_told_of(tmp_path: Path) -> None:
         "ckpt_freq: a checkpoint is saved every 300 seconds, so that a killed job goes on",
         "num_ckpt_keep: the newest 100 are kept",
         "save_adapters: the adapter is saved by itself; it is not merged into the model",
+        WANDB,
         f"log_freq: {METRICS}",
         "checkpoint: whether activations are computed again is not chosen by hand",
-        f"mlflow: {TRACKERS}",
         "data.shuffle: samples are always shuffled, by the seed",
         "data.instruct: samples are always shuffled, by the seed; every call of a conversation is learnt in its place",
         "run_dir: the run directory is jobs/run of the store",

@@ -203,6 +203,30 @@ def test_prepare_alone_sees_secrets_other_claims_and_configmaps() -> None:
         assert "lake" not in json.dumps(later)
 
 
+def test_keys_of_trackers_reach_the_training_pods_as_references_alone() -> None:
+    trackers = {
+        "wandb": {"project": "support", "secretRef": {"name": "keys"}},
+        "mlflow": {"trackingUri": "https://mlflow.acme.com"},
+        "trackio": {"secretRef": {"name": "hub"}},
+    }
+    of = owner(trackers=trackers)
+    plain = pod(build.attempt_job(owner(), plan(owner()), 1, SETTINGS))["containers"][0]["env"]
+    env = pod(build.attempt_job(of, plan(of), 1, SETTINGS))["containers"][0]["env"]
+    assert env == [
+        *plain,
+        {
+            "name": "WANDB_API_KEY",
+            "valueFrom": {"secretKeyRef": {"name": "keys", "key": "WANDB_API_KEY", "optional": True}},
+        },
+        {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token", "optional": True}}},
+    ]
+    for helper in (
+        build.prepare_job(of, build.request_of(of, SETTINGS), SETTINGS),
+        build.finish_job(of, plan(of), SETTINGS),
+    ):
+        assert "secretKeyRef" not in json.dumps(helper)
+
+
 ELDER = Parent(
     name="elder",
     base_uri="pvc://models/tiny",

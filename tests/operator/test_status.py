@@ -32,6 +32,18 @@ def test_an_attempt_enters_status_when_its_number_and_pod_were_seen() -> None:
     assert (status.attempt_count, attempt.node, attempt.started_at) == (1, "n1", "2026-11-25T11:59:10Z")
 
 
+def test_trackers_are_as_their_leader_said_last() -> None:
+    url = {"name": "wandb", "url": "https://wandb.ai/acme/support/runs/1"}
+    picture = accepted(status=RUNNING, gang=gang(worker(heard=heard(step=7, trackers=[url]))))
+    (known,) = absorbed(picture).trackers
+    assert (known.url, known.message) == (url["url"], None)
+    late = result(trackers=[{**url, "message": "ended after 8 s"}])
+    picture = accepted(status={**RUNNING, "trackers": [url]}, workers=(worker(phase="Succeeded", result=late),))
+    assert absorbed(picture).trackers[0].message == "ended after 8 s"
+    # Nobody says anything between two attempts.
+    assert absorbed(accepted(status={**RUNNING, "trackers": [url]})).trackers[0].url == url["url"]
+
+
 def test_a_terminal_result_that_is_reported_again_is_no_new_attempt() -> None:
     first = {"number": 1, "launch": 1, "podUID": "pod-1-0", "cause": "Succeeded"}
     again = worker(launch=2, phase="Succeeded", result=result(1))

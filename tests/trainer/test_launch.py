@@ -99,7 +99,8 @@ def test_sigterm_on_one_worker_saves_and_ends_both(tmp_path: Path) -> None:
 
 
 def test_a_killed_rank_ends_its_worker_at_once_and_is_named(tmp_path: Path) -> None:
-    job = make_job(tmp_path, spec={"workers": {"replicas": 2, "gpusPerWorker": 0}}, hyper={"steps": 4000})
+    asked = {"workers": {"replicas": 2, "gpusPerWorker": 0}, "trackers": {"wandb": {}}}
+    job = make_job(tmp_path, spec=asked, hyper={"steps": 4000})
     status = tmp_path / "status"
     worker = Worker(job, TUNEWARD_STATUS_DIR=str(status))
     await_(lambda: len(step_lines(job)) > 1 or worker.process.poll() is not None, worker.said)
@@ -114,6 +115,8 @@ def test_a_killed_rank_ends_its_worker_at_once_and_is_named(tmp_path: Path) -> N
         "rank 1 was killed by SIGKILL",
     )
     assert result.step > 0
+    # Which is not installed here: the training did not mind.
+    assert [(state.name, "tuneward[wandb]" in state.message) for state in result.trackers] == [("wandb", True)]
 
 
 def test_a_taken_port_asks_for_another_try(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from tuneward_trainer import memory, rundir
 from tuneward_trainer.machine import processors
 from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, read_ranks, serve
 from tuneward_trainer.report import start_logging
+from tuneward_trainer.tracking import tracked
 
 LOG_LINES: Final = 200
 """Of each rank that are kept in attempts/<n>/logs."""
@@ -82,12 +83,13 @@ def main(plan_path: Path) -> int:
     if known is not None:
         logger.info("attempt %d ended this plan already: %s", known.attempt, known.message)
         return report(known)
-    with status_folder() as folder, served(folder):
+    with status_folder() as folder, served(folder), tracked(plan, plan_path, folder, run) as tracking:
         before = memory_kills()
         outcome = launch(plan_path, folder, shape_of(plan))
         result = conclude(plan, run, folder, outcome, out_of_memory=memory_kills() > before)
         keep_logs(run, folder, result.attempt)
         draw_losses(run, plan)
+        result = result.model_copy(update={"trackers": tracking.end()})
     return report(result)
 
 

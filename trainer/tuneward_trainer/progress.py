@@ -29,6 +29,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 from tuneward_api import names
 from tuneward_api.files import Progress
 from tuneward_trainer.rundir import now
+from tuneward_trainer.tracking import states
 
 ENV_STATUS_DIR: Final = "TUNEWARD_STATUS_DIR"
 ENV_HTTP_PORT: Final = "TUNEWARD_HTTP_PORT"
@@ -128,11 +129,13 @@ def read_ranks(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def progress_of(ranks: list[dict[str, Any]]) -> Progress:
+def progress_of(folder: Path) -> Progress:
     """The first rank's progress (the leader's on worker 0), with the step of each rank of this worker."""
+    ranks, trackers = read_ranks(folder), states(folder)
     if not ranks:
-        return Progress(observed_at="", pod_uid=os.environ.get(names.ENV_POD_UID, ""))
-    return Progress.model_validate({**ranks[0], "rankSteps": [rank.get("step", 0) for rank in ranks]})
+        return Progress(observed_at="", pod_uid=os.environ.get(names.ENV_POD_UID, ""), trackers=trackers)
+    found = Progress.model_validate({**ranks[0], "rankSteps": [rank.get("step", 0) for rank in ranks]})
+    return found.model_copy(update={"trackers": trackers})
 
 
 class _Collector:
@@ -143,7 +146,7 @@ class _Collector:
 
     def collect(self) -> Iterator[Metric]:
         ranks = read_ranks(self._folder)
-        values = progress_of(ranks).to_json()
+        values = progress_of(self._folder).to_json()
         values["checkpointStep"] = values.get("checkpoint", {}).get("step")
         for name, (meaning, field) in METRICS.items():
             if values.get(field) is not None:
@@ -215,7 +218,7 @@ def serve(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
 
 
 def _progress_body(folder: Path) -> bytes:
-    return json.dumps(progress_of(read_ranks(folder)).to_json()).encode() + b"\n"
+    return json.dumps(progress_of(folder).to_json()).encode() + b"\n"
 
 
 def _handler(routes: dict[str, Callable[[], tuple[str, bytes]]]) -> type[BaseHTTPRequestHandler]:
