@@ -184,6 +184,7 @@ class Progress(Record):
     tokens_per_second: float | None = None
     eta_seconds: Int | None = None
     memory_bytes: Int | None = None
+    mfu: float | None = None
     checkpoint: SavedCheckpoint | None = None
     from_step: Int = 0
     resume: str = "exact"

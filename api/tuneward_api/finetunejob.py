@@ -338,6 +338,10 @@ class ProgressStatus(Model):
     tokens_per_second: float | None = Field(None, description="Tokens a second over all workers.")
     eta_seconds: Int | None = Field(None, ge=0, description="Seconds to the last step.")
     memory_bytes: Int | None = Field(None, ge=0, description="What the first rank has taken of its memory so far, at most.")
+    mfu: float | None = Field(
+        None,
+        description="Model FLOPs utilization: share of its GPUs' dense bf16 peak that training needs; none on CPUs.",
+    )
     eta: str | None = Field(None, max_length=16, description="etaSeconds in words, for the column.")
     observed_at: str = Field(description="When this was read.", json_schema_extra={"format": "date-time"})
 

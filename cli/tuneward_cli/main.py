@@ -75,6 +75,9 @@ def _work_commands(commands: Commands) -> None:
     train.add_argument(
         "--claim", action="append", default=[], type=_pair, metavar="NAME=DIR", help="folder of another claim"
     )
+    train.add_argument(
+        "--profile", type=_steps, metavar="FROM-TO", help="keep torch.profiler's trace of these steps (a few: it is large)"
+    )
     train.add_argument("--restart", action="store_true", help="begin anew: removes the job's run directory")
     train.add_argument(
         "--workers", type=_positive, metavar="N", help="processes; any number gives the same result, up to rounding"
@@ -168,6 +171,14 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _steps(text: str) -> str:
+    """FROM-TO, or one step."""
+    first, _, last = text.partition("-")
+    if not (first.isdecimal() and (last or first).isdecimal() and 1 <= int(first) <= int(last or first)):
+        raise argparse.ArgumentTypeError(f"{text!r} must be FROM-TO, such as 3-5; steps are counted from 1")
+    return text
+
+
 def _amount(text: str) -> float:
     try:
         value = float(text)
@@ -259,6 +270,7 @@ def _train(options: Arguments) -> int:
         claims=tuple(options.claim),
         restart=options.restart,
         workers=options.workers,
+        profile=options.profile,
     )
     return train.train(chosen, Voice(options.output))
 

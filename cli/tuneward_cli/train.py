@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tuneward_api import curves
+from tuneward_api import curves, names
 from tuneward_api.conditions import FailureClass, Phase
 from tuneward_api.failures import Failure
 from tuneward_api.files import FinishReport, Plan, Result
@@ -33,6 +34,8 @@ class Options:
     claims: tuple[tuple[str, Path], ...] = ()
     restart: bool = False
     workers: int | None = None
+    profile: str | None = None
+    """FROM-TO: steps to keep a trace of."""
 
 
 def train(options: Options, voice: Voice) -> int:
@@ -48,7 +51,7 @@ def train(options: Options, voice: Voice) -> int:
     try:
         request = workstation.lay_out(place, loaded, job, restart=options.restart)
         plan = workstation.prepare(place, request, voice)
-        _attempts(place, plan, job, voice)
+        _attempts(place, plan, job, voice, {names.ENV_PROFILE: options.profile} if options.profile else {})
         report = workstation.finish(place, plan, voice)
     except KeyboardInterrupt as stopped:
         raise CommandError(
@@ -60,10 +63,10 @@ def train(options: Options, voice: Voice) -> int:
     return ExitCode.OK
 
 
-def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice) -> None:
+def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice, extra: Mapping[str, str]) -> None:
     """Gangs, one after the other, until one succeeds or a budget is spent. A gang restarts whole."""
     name, left, spent = str(job.metadata["name"]), workstation.budget(job.spec.run_policy), Counter[FailureClass]()
-    while (failure := _attempt(place, plan, name, voice)) is not None:
+    while (failure := _attempt(place, plan, name, voice, extra)) is not None:
         kind = failure.failure_class
         spent[kind] += 1
         if spent[kind] > left[kind]:
@@ -77,9 +80,9 @@ def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice) -> None:
         time.sleep(min(30.0, 2.0 ** (spent[kind] - 1)))
 
 
-def _attempt(place: Place, plan: Plan, name: str, voice: Voice) -> Failure | None:
+def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[str, str]) -> Failure | None:
     """One gang, from start to end; None when it succeeded."""
-    gang = Gang.start(plan=place.plan, run=place.run, extra=workstation.mounts(place, plan))
+    gang = Gang.start(plan=place.plan, run=place.run, extra={**workstation.mounts(place, plan), **extra})
     try:
         with voice.bar(name) as bar:
             code, result = gang.watch(lambda seen: _show(bar, name, seen))
@@ -131,6 +134,8 @@ def show_losses(place: Place, voice: Voice) -> None:
             voice.line(line)
     if (place.run / "loss.svg").exists():
         voice.line(f"  loss curve: {place.run / 'loss.svg'}")
+    for trace in sorted(place.run.glob("attempts/*/trace-*.json.gz")):
+        voice.line(f"  trace, for ui.perfetto.dev: {trace}")
 
 
 def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:

@@ -38,6 +38,7 @@ class Seen:
     tokens_per_second: float | None = None
     eta_seconds: int | None = None
     memory_bytes: int | None = None
+    mfu: float | None = None
     reward_accuracy: float | None = None
     """Of a preference job: share of the last step's pairs that it gets right."""
 
@@ -53,6 +54,7 @@ class Seen:
             tokens_per_second=found.get("tokensPerSecond"),
             eta_seconds=found.get("etaSeconds"),
             memory_bytes=found.get("memoryBytes"),
+            mfu=found.get("mfu"),
         )
 
 
@@ -65,6 +67,8 @@ def progress_line(seen: Seen) -> str:
         parts.append(f"{seen.reward_accuracy:.0%} of the pairs right")
     if seen.tokens_per_second:
         parts.append(f"{seen.tokens_per_second:,.0f} tokens/s")
+    if seen.mfu:
+        parts.append(f"{seen.mfu:.0%} MFU")
     if seen.memory_bytes:
         parts.append(gibibytes(seen.memory_bytes))
     if seen.eta_seconds is not None and seen.step < seen.steps:

@@ -300,7 +300,7 @@ def _done(before: ProgressStatus | None, result: Result, now: datetime) -> Progr
         return before
     said = Progress(step=result.step, steps=result.steps, train_loss=result.metrics.train_loss)
     last = progress_status(said, now)
-    kept = ("epoch", "validation_loss", "reward_margin", "reward_accuracy", "tokens_per_second", "memory_bytes")
+    kept = ("epoch", "validation_loss", "reward_margin", "reward_accuracy", "tokens_per_second", "memory_bytes", "mfu")
     return last if before is None else last.model_copy(update={name: getattr(before, name) for name in kept})
 
 
@@ -321,6 +321,7 @@ def progress_status(said: Progress, at: datetime) -> ProgressStatus:
         tokens_per_second=said.tokens_per_second,
         eta_seconds=said.eta_seconds,
         memory_bytes=said.memory_bytes,
+        mfu=said.mfu,
         eta=None if said.eta_seconds is None else in_words(said.eta_seconds),
         observed_at=stamp(at),
     )

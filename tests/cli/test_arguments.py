@@ -16,6 +16,7 @@ from tuneward_cli.main import main, parser
         (["train"], 2, "required: FILE", "tuneward train --help"),
         (["train", "nothing.yaml"], 66, "nothing.yaml cannot be read", "ls examples/"),
         (["train", "x.yaml", "--workers", "0"], 2, "'0' must be a whole number", "tuneward train --help"),
+        (["train", "x.yaml", "--profile", "5-3"], 2, "'5-3' must be FROM-TO", "tuneward train --help"),
         (["train", "x.yaml", "--claim", "nodir"], 2, "'nodir' must be NAME=DIR", "tuneward train --help"),
         (["validate", "data.jsonl"], 2, "its chat template comes from a model", "tuneward validate data.jsonl --model DIR"),
         (["validate", "nothing.yaml"], 66, "cannot be read", "ls examples/"),

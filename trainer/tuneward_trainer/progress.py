@@ -46,6 +46,7 @@ METRICS: Final = {
     "tuneward_tokens_per_second": ("Tokens a second over all ranks.", "tokensPerSecond"),
     "tuneward_eta_seconds": ("Estimated seconds to the last step.", "etaSeconds"),
     "tuneward_memory_bytes": ("Largest memory of the first rank so far: of its GPU, or resident in a CPU's.", "memoryBytes"),
+    "tuneward_mfu": ("Model FLOPs utilization: share of the GPUs' dense bf16 peak that is needed.", "mfu"),
     "tuneward_checkpoint_step": ("Step of the newest complete checkpoint.", "checkpointStep"),
 }
 """Name -> (meaning, field of the progress)."""

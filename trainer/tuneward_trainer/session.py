@@ -10,7 +10,7 @@ import logging
 import math
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,7 +22,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
-from tuneward_trainer import checkpoint, endings, memory, parent, proof, rundir
+from tuneward_trainer import checkpoint, endings, memory, mfu, parent, proof, rundir
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Gang
@@ -31,6 +31,7 @@ from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import Loss, cross_entropy
 from tuneward_trainer.metrics import MetricsLog
 from tuneward_trainer.model import add_adapters, load_base
+from tuneward_trainer.profile import Profile
 from tuneward_trainer.progress import Reporter
 from tuneward_trainer.schedule import Schedule, documents_a_unit
 
@@ -74,6 +75,10 @@ class Session:
     """The leader's alone."""
     log: MetricsLog | None
     """The leader's alone."""
+    utilization: mfu.Utilization | None
+    """None where no peak is known, as on a CPU."""
+    profile: Profile | None
+    """The leader's alone, where a trace was asked for."""
     watch: LossWatch
     loss: Loss = cross_entropy
     held_out_loss: Loss = cross_entropy
@@ -162,6 +167,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         found=found,
         saver=saver,
         log=MetricsLog(run, attempt, step) if gang.leads else None,
+        utilization=utilization_of(plan, model_dir, training, gang),
+        profile=Profile.asked(run, attempt) if gang.leads else None,
         watch=LossWatch(uniform_loss(base, prepared.objective.type), **(found.watch if found is not None else {})),
         saved_step=step,
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
@@ -183,6 +190,16 @@ def rows_of(plan: Plan, model_dir: Path, gang: Gang) -> memory.Choice:
 def device_memory(device: torch.device) -> int | None:
     """Bytes of a GPU, whatever else runs there: a resumed job shall find the same. None on a CPU, where prepare chose."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def utilization_of(plan: Plan, model_dir: Path, training: Documents, gang: Gang) -> mfu.Utilization | None:
+    if gang.device.type != "cuda":
+        return None
+    costs, targets = memory.costs_of(plan.prepared, model_dir, "cuda"), plan.prepared.data.summary.target_tokens
+    if costs is not None:
+        # Attention is paid by the lengths of the documents, which are at hand here.
+        costs = replace(costs, data=memory.statistics(training.lengths, targets))
+    return mfu.Utilization.of(costs, torch.cuda.get_device_name(gang.device), gang.world)
 
 
 def measured_before(notes: dict[str, float]) -> dict[str, float] | None:

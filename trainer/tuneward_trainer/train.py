@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,7 +54,8 @@ def train(session: Session) -> None:
         clock.reset()
         session.saved_at = time.monotonic()
         while session.engine.step < hyper.steps and not (session.stopped or session.best.spent):
-            facts = one_step(session, forward)
+            with session.profile.around(session.engine.step + 1) if session.profile else nullcontext():
+                facts = one_step(session, forward)
             write_proved(session)
             tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
             if evaluation_due(session):
@@ -63,6 +65,8 @@ def train(session: Session) -> None:
                 save(session)
         if not (session.stopped or session.best.spent):
             compare(session, forward)
+        if session.profile is not None:
+            session.profile.close()
         choose(session, forward)
 
 
@@ -102,10 +106,11 @@ def tell(session: Session, facts: dict[str, Any], timing: dict[str, Any]) -> Non
     shown |= {name: timing[name] for name in ("tokens_per_second", "eta_seconds")}
     saved = session.saver.last if session.saver is not None else None
     taken = memory.taken(session.gang.device.type)
-    shown |= {"memory_bytes": taken, "epoch": session.schedule.epoch(step)}
+    share = session.utilization.share(timing["tokens_per_second"]) if session.utilization is not None else None
+    shown |= {"memory_bytes": taken, "mfu": share, "epoch": session.schedule.epoch(step)}
     session.reporter.update(phase="Training", step=step, checkpoint=saved, **shown)
     if session.log is not None:
-        session.log.write(step=step, **facts, **timing, memory_bytes=taken)
+        session.log.write(step=step, **facts, **timing, memory_bytes=taken, mfu=share)
         _say(step, steps, facts, timing)
 
 
