@@ -2,7 +2,7 @@
 
 No torch and no weights are needed, so a command can say it before anything runs, and the trainer chooses by it how many
 rows go through the model at once. Counts are of the model's decoder as the trainer runs it (`patches.py`): LoRA on its
-Linears, the vocabulary scored at target rows only, documents that do not see each other.
+Linears or all weights trained, the vocabulary scored at target rows only, documents that do not see each other.
 
 What a backward pass keeps is counted tensor by tensor, each once: what LoRA's matrices multiply, what norms, attention and
 the MLP's gate need, and nothing for a frozen weight. The tests hold it against the trainer itself, shape by shape.
@@ -29,6 +29,8 @@ CUDA_FACTOR: Final = 1.08
 """For what PyTorch's CUDA allocator cannot use between its blocks."""
 LOGITS: Final[dict[Device, int]] = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits that the loss head holds at once."""
+TRAINED_LOGITS: Final = 1 << 25
+"""The same where the head is trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,6 +222,10 @@ class Setup:
 
     tokens: int
     """Of a micro-batch."""
+    full: bool = False
+    """All weights are trained, and there are no adapters."""
+    shards: int = 1
+    """Ranks that hold the model together, where it is trained whole."""
     rank: int = 16
     targets: Set[str] | None = None
     """Last parts of the names of the adapted Linears; None: all of the decoder."""
@@ -246,7 +252,7 @@ class Memory:
     """Bytes of one rank at its peak, by what they are for."""
 
     weights: int
-    """Of the frozen base model."""
+    """Of the frozen base model, or the rank's share of one that is trained."""
     state: int
     """Trained parameters, their gradients and partial sums, AdamW's moments, and the copy that is being saved."""
     activations: int
@@ -274,6 +280,32 @@ class Memory:
 
 
 def memory(shape: Shape, data: Data, setup: Setup) -> Memory:
+    return _whole(shape, data, setup) if setup.full else _adapted(shape, data, setup)
+
+
+def _whole(shape: Shape, data: Data, setup: Setup) -> Memory:
+    """A rank's share in fp32, gradients and moments; the layers that are gathered for a pass, and their gradients."""
+    trained = setup.trained or shape.parameters
+    around = (1 if shape.tied else 2) * shape.vocabulary * shape.hidden
+    layer = max(0, shape.parameters - around) // shape.layers
+    # Of two layers and what lies around them the weights, of one the gradient and what of it is sent, which is fp32.
+    gathered = setup.size * (2 * layer + around) + (setup.size + 4) * (layer + around)
+    # What is being saved is copied to the host's memory.
+    copies = 3 if setup.device == "cpu" else 0
+    scored = min(max(1, TRAINED_LOGITS // shape.vocabulary), math.ceil(data.learnt * setup.tokens))
+    # fp32 scores and their shares, in bf16 too on a GPU; the head's own gradient.
+    logit = 8 if setup.device == "cpu" else 12
+    return Memory(
+        weights=4 * (setup.parameters or shape.parameters) // setup.shards,
+        state=4 * trained * (1 + 2 + copies) // setup.shards + gathered,
+        activations=round(setup.tokens * saved_per_token(shape, data, setup)),
+        work=_work(shape, data, setup),
+        head=scored * shape.vocabulary * logit * (3 if shape.squashed else 1) + 4 * shape.vocabulary * shape.hidden,
+        device=setup.device,
+    )
+
+
+def _adapted(shape: Shape, data: Data, setup: Setup) -> Memory:
     trained = setup.trained or shape.lora(setup.rank, setup.targets, dora=setup.dora)
     partial_sums = 1 + max(0, setup.micro_batches - 1).bit_length()
     rows = max(1, LOGITS[setup.device] // shape.vocabulary)
@@ -293,9 +325,14 @@ def memory(shape: Shape, data: Data, setup: Setup) -> Memory:
 def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
     """Bytes that a backward pass keeps for each token."""
     size, hidden = setup.size, shape.hidden
-    layer = _saved_by_attention(shape, data, setup) + _saved_by_mlp(shape, setup) + shape.norms * (4 * hidden + 4)
+    # What a norm gives before its weight, for the weight's gradient.
+    normed = size * hidden if setup.full else 0
+    layer = _saved_by_attention(shape, data, setup) + _saved_by_mlp(shape, setup)
+    layer += shape.norms * (4 * hidden + 4 + normed)
     # Each target row's gradient, its number and log-probability; the last norm; the angles of the rotary embedding.
-    around = data.learnt * (size * hidden + 12) + 4 * hidden + 4 + shape.ropes * 2 * size * shape.query / shape.heads
+    around = (
+        data.learnt * (size * hidden + 12) + 4 * hidden + 4 + normed + shape.ropes * 2 * size * shape.query / shape.heads
+    )
     if setup.recompute:
         return around + layer + shape.layers * size * hidden
     return around + shape.layers * layer - _not_in_the_first_layer(shape, data, setup)
@@ -303,6 +340,8 @@ def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
 
 def _not_in_the_first_layer(shape: Shape, data: Data, setup: Setup) -> float:
     """Bytes a token: what comes before the first adapted Linear of all has nothing to go back to."""
+    if setup.full:
+        return 0
     norm = 4 * shape.hidden + 4
     adapted = shape.adapted(setup.targets)
     first: float = norm if shape.norms_first else 0
@@ -340,7 +379,7 @@ def _saved_by_attention(shape: Shape, data: Data, setup: Setup) -> float:
     saved = _adapter_rows(shape, setup, *incoming, "o_proj")
     saved += size * shape.hidden if any(name in adapted for name in incoming) else 0
     if shape.head_norms:
-        saved += 4 * (query + key + shape.heads + shape.pairs)
+        saved += (4 + (size if setup.full else 0)) * (query + key) + 4 * (shape.heads + shape.pairs)
     # A view of the values keeps all that the fused Linear gave.
     values = query + 2 * key if shape.fused else key
     outgoing = query if "o_proj" in adapted else 0
@@ -375,7 +414,7 @@ def _saved_by_dense(shape: Shape, setup: Setup, inner: int) -> float:
 
 def _gate_again(shape: Shape, setup: Setup) -> bool:
     """Whether the patch computes act(gate) and its product with up again: it needs both as Linears, and LoRA on the last."""
-    adapted = "down_proj" in shape.adapted(setup.targets)
+    adapted = "down_proj" in shape.adapted(setup.targets) and not setup.full
     return adapted and not shape.fused_mlp and not setup.dropout and not setup.dora
 
 
@@ -424,15 +463,21 @@ def _number(config: Mapping[str, Any], *names: str) -> int:
 
 
 def flops_per_token(
-    shape: Shape, data: Data, rank: int, targets: Set[str] | None = None, *, recompute: bool = False
+    shape: Shape, data: Data, rank: int, targets: Set[str] | None = None, *, recompute: bool = False, full: bool = False
 ) -> float:
     """Needed floating-point operations of a training token, forward and backward, with nothing computed twice but what
     `recompute` asks for.
 
     2 a weight and pass: a frozen Linear has two passes (forward, and the gradient of its input, which the first layer's
     queries, keys and values do not need), a LoRA matrix three. Causal attention of a document of L tokens has two
-    products of L/2 keys forward and five backward.
+    products of L/2 keys forward and five backward. `full`: each weight has three passes.
     """
+    if full:
+        weights = shape.layers * (shape.attention + shape.mlp)
+        head = 6 * shape.vocabulary * shape.hidden * data.learnt
+        return (
+            2 * (4 if recompute else 3) * weights + head + (9 if recompute else 7) * shape.query * shape.layers * data.length
+        )
     passes = 3 if recompute else 2
     linears = 2 * passes * shape.layers * (shape.attention + shape.mlp) - 2 * shape.hidden * (shape.query + 2 * shape.key)
     head = 4 * shape.vocabulary * shape.hidden * data.learnt

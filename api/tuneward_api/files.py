@@ -223,7 +223,9 @@ class Result(Record):
     steps: Int
     finished_at: str
     checkpoint: SavedCheckpoint | None = None
-    adapter_directory: str | None = Field(None, description="Below the run directory.")
+    adapter_directory: str | None = Field(
+        None, description="Below the run directory: the adapter, or the whole model, with its proof."
+    )
     adapter_digest: str | None = None
     metrics: Metrics = Field(default_factory=lambda: Metrics())
     from_step: Int = 0
@@ -257,19 +259,29 @@ class Proof(Record):
 
 
 class FinishedAdapter(Record):
-    """A finished adapter, as FineTunedModel's spec will have it."""
+    """A finished adapter, or whole model, as FineTunedModel's spec will have it."""
 
-    sub_path: str = Field(description="Below the store's root: adapters/sha256-<hex>.")
+    sub_path: str = Field(description="Below the store's root: adapters/sha256-<hex>, or tuned/sha256-<hex>.")
     digest: str
     size: Int
-    type: Literal["LoRA", "DoRA"] = "LoRA"
-    rank: Int
-    alpha: float
-    target_modules: list[str]
+    type: Literal["LoRA", "DoRA", "Full"] = "LoRA"
+    rank: Int | None = None
+    alpha: float | None = None
+    target_modules: list[str] | None = None
     served_name: str
     attempt: Int
     step: Int
     metrics: Metrics
+
+    @property
+    def whole(self) -> bool:
+        """A base model of its own."""
+        return self.type == "Full"
+
+    @property
+    def folder(self) -> str:
+        """Below the store's root: what an engine loads."""
+        return f"{self.sub_path}/{'model' if self.whole else 'adapter'}"
 
 
 class FinishReport(Report):

@@ -24,7 +24,7 @@ class ModelOrigin(Model):
 
 
 class ModelBase(Model):
-    """What the adapter goes on top of."""
+    """What it was trained from; an adapter goes on top of it."""
 
     uri: str = Field(max_length=512, description="Address of the base model, pinned.")
     digest: Digest = Field(description="Digest of the base model's files.")
@@ -87,10 +87,14 @@ class FineTunedModelSpec(Model):
         max_length=253, description="Name that clients ask for: ft:<base>:<suffix>:<yyyymmdd>:<digest8>."
     )
     source: ModelOrigin = Field(description="The job that made it.")
-    base: ModelBase = Field(description="What the adapter goes on top of.")
+    base: ModelBase = Field(description="What it was trained from; an adapter goes on top of it.")
     parent: ParentModel | None = Field(None, description="The model that it was trained from, if it was one.")
     artifact: Artifact = Field(description="The files.")
-    adapter: Adapter = Field(description="Shape of the adapter.")
+    adapter: Adapter | None = Field(
+        None,
+        description="Shape of the adapter. Absent: method Full made a base model of its own, in the folder `model` of "
+        "artifact.uri.",
+    )
     metrics: ModelMetrics | None = Field(None, description="What was measured.")
     data_digest: str | None = Field(None, max_length=80, description="Digest of the tokenized samples.")
     archived: bool | None = Field(None, description="true takes it from every server; the files stay. Default: false.")

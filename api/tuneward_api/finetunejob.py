@@ -13,7 +13,7 @@ from tuneward_api.evaluation import RULES as EVALUATION_RULES
 from tuneward_api.evaluation import Evaluation
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.objective import RULES as OBJECTIVE_RULES
-from tuneward_api.objective import Objective
+from tuneward_api.objective import Objective, kind_of
 from tuneward_api.resolved import Resolved
 from tuneward_api.trackers import Trackers, TrackerStatus
 from tuneward_api.uris import ModelUri
@@ -46,13 +46,41 @@ TARGET_RULE = Rule(
 )
 
 
+def _trains_all(spec: Any) -> bool:
+    return spec.method is not None and spec.method.type == "Full"
+
+
+_FULL_CEL = "!has(self.method) || !has(self.method.type) || self.method.type != 'Full'"
+FULL_RULES = (
+    Rule(
+        cel=f"{_FULL_CEL} || !has(self.objective) || !has(self.objective.type) || self.objective.type != 'DPO'",
+        message="method.type Full learns from samples or texts; with objective.type DPO set method.type to LoRA or DoRA",
+        check=lambda s: not _trains_all(s) or kind_of(s) != "DPO",
+    ),
+    Rule(
+        cel=f"{_FULL_CEL} || !self.model.uri.startsWith('model://')",
+        message="method.type Full starts from a base model, and model:// names an adapter to go on from; name a base "
+        "model's address in model.uri",
+        check=lambda s: not _trains_all(s) or not s.model.uri.startswith("model://"),
+    ),
+    Rule(
+        cel=f"{_FULL_CEL} || !has(self.serve)",
+        message="method.type Full makes a base model of its own, which no ModelServer of another one can load; leave serve "
+        "out, and make a ModelServer of it when the job is done",
+        check=lambda s: not _trains_all(s) or s.serve is None,
+    ),
+)
+"""Of FineTuneJobSpec."""
+
+
 class Method(Model):
     """How the model is adapted."""
 
-    type: Literal["LoRA", "DoRA"] | None = Field(
+    type: Literal["LoRA", "DoRA", "Full"] | None = Field(
         None,
         description="LoRA (default) learns a low-rank update of each layer; DoRA learns the length of each output's weights "
-        "too, and takes longer (vLLM cannot serve it, the embedded engine can).",
+        "too, and takes longer (vLLM cannot serve it, the embedded engine can). Full trains all weights of the text part "
+        "but routers, split over all ranks, and makes a base model of its own.",
     )
     rank: Int | None = Field(None, ge=1, le=512, description="Rank of the update. Default: 16.")
     alpha: float | None = Field(
@@ -73,6 +101,17 @@ class Method(Model):
         description="Names of Linear layers to adapt. Default: every Linear of the decoder; never router, head or vision.",
     )
 
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.type) || self.type != 'Full' || (!has(self.rank) && !has(self.alpha) && !has(self.dropout) && "
+            "!has(self.rsLoRA) && !has(self.targetModules))",
+            message="rank, alpha, dropout, rsLoRA and targetModules shape an adapter, which Full has not; leave them out",
+            check=lambda m: (
+                m.type != "Full" or all(value is None for value in (m.rank, m.alpha, m.dropout, m.rs_lora, m.target_modules))
+            ),
+        ),
+    )
+
 
 class Hyperparameters(Model):
     """Numbers of the optimisation. Each default is chosen by prepare and shown in status.resolved."""
@@ -90,7 +129,7 @@ class Hyperparameters(Model):
         gt=0,
         le=1,
         description="Peak learning rate of AdamW. Default: 4e-4 up to 4B parameters, 2e-4 above, 1e-4 from 65B; "
-        "5e-6 for DPO.",
+        "5e-6 for DPO; 2e-5 for method Full.",
     )
     scheduler: Literal["Cosine", "Linear", "Constant"] | None = Field(
         None, description="After warm-up: Cosine (default) or Linear down to a tenth, or Constant."
@@ -99,7 +138,11 @@ class Hyperparameters(Model):
         None, ge=0, lt=1, description="Share of the steps that warm up. Default: 0.05; 0.1 for DPO."
     )
     weight_decay: float | None = Field(
-        None, ge=0, le=1, description="AdamW's weight decay. Default: 0; 0.1 for Pretraining."
+        None,
+        ge=0,
+        le=1,
+        description="AdamW's weight decay. Default: 0; 0.1 for Pretraining and for "
+        "method Full, where norms and biases have none.",
     )
     max_grad_norm: float | None = Field(None, gt=0, le=1000, description="Gradients are clipped to this norm. Default: 1.")
     sequence_length: Int | None = Field(
@@ -294,6 +337,7 @@ class FineTuneJobSpec(Model):
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         *OBJECTIVE_RULES,
+        *FULL_RULES,
         *EVALUATION_RULES,
     )
     TRANSITIONS: ClassVar[tuple[Transition, ...]] = (
@@ -374,7 +418,7 @@ class ModelStatus(Model):
 
     name: str = Field(max_length=253, description="Name of the FineTunedModel.")
     served_name: str = Field(max_length=253, description="Name that clients ask for.")
-    digest: str = Field(max_length=80, description="Digest of the adapter.")
+    digest: str = Field(max_length=80, description="Digest of its files.")
     validation_loss_before: float | None = Field(None, description="Validation loss of what the job started from.")
     validation_loss_after: float | None = Field(None, description="Its own validation loss.")
 

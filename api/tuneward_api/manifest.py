@@ -53,9 +53,14 @@ def list_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
+def entry(folder: Path, path: str) -> Entry:
+    """Reads the file `path` below `folder`."""
+    return Entry(path, (folder / path).stat().st_size, hash_file(folder / path))
+
+
 def scan(folder: Path) -> list[Entry]:
     """Reads every file: minutes for a large model."""
-    return [Entry(path, (folder / path).stat().st_size, hash_file(folder / path)) for path in list_files(folder)]
+    return [entry(folder, path) for path in list_files(folder)]
 
 
 def write_manifest(folder: Path, entries: list[Entry] | None = None) -> str:

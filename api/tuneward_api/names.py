@@ -102,6 +102,11 @@ def adapter_directory(digest: str) -> str:
     return f"adapters/sha256-{digest.removeprefix('sha256:')}"
 
 
+def whole_model_directory(digest: str) -> str:
+    """The same of a model that was trained whole."""
+    return f"tuned/sha256-{digest.removeprefix('sha256:')}"
+
+
 def model_name(prefix: str, digest: str) -> str:
     """Name of the FineTunedModel: `<spec.register.name, or the job's name>-<digest8>`."""
     return f"{prefix}-{digest.removeprefix('sha256:')[:8]}"

@@ -54,12 +54,14 @@ class ResolvedPacking(Model):
 class ResolvedMethod(Model):
     """The method with every default chosen."""
 
-    type: Literal["LoRA", "DoRA"] = Field(description="Kind of adapter.")
-    rank: Int = Field(description="Rank.")
-    alpha: float = Field(description="Scale.")
-    dropout: float = Field(description="Dropout.")
-    rs_lora: bool = Field(alias="rsLoRA", description="Rank-stabilised scale.")
-    target_modules: list[Annotated[str, Field(max_length=128)]] = Field(max_length=64, description="Adapted layers.")
+    type: Literal["LoRA", "DoRA", "Full"] = Field(description="Kind of adapter, or Full: all weights, and no adapter.")
+    rank: Int | None = Field(None, description="Rank.")
+    alpha: float | None = Field(None, description="Scale.")
+    dropout: float | None = Field(None, description="Dropout.")
+    rs_lora: bool | None = Field(None, alias="rsLoRA", description="Rank-stabilised scale.")
+    target_modules: list[Annotated[str, Field(max_length=128)]] | None = Field(
+        None, max_length=64, description="Adapted layers."
+    )
     trainable_parameters: Int = Field(description="Number of parameters that are trained.", ge=0)
 
 

@@ -110,7 +110,8 @@ def lines(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
     if not found["family"]["known"]:
         name = found["family"]["name"] or "this model"
         yield f"          (the layers of {name} are taken for a Llama's: memory may be off)"
-    yield f"  method  {method.type} of rank {method.rank} trains {method.trainable_parameters:,} ({share:.2%} of that)"
+    kind = f"{method.type} of rank {method.rank}" if method.type != "Full" else "full fine-tuning"
+    yield f"  method  {kind} trains {method.trainable_parameters:,} ({share:.2%} of that)"
     yield f"  data    {data.samples:,} samples, {data.tokens:,} tokens of which {data.target_tokens:,} are learnt"
     yield (
         f"  steps   {hyper.steps:,} of about {hyper.batch_tokens:,} tokens: {hyper.epochs:g} epochs, "

@@ -13,7 +13,7 @@ from tuneward_api.files import FinishedAdapter, FinishReport, Parent, Plan
 
 @dataclass(frozen=True)
 class Finished:
-    """A job of the store that ended in an adapter."""
+    """A job of the store that ended in an adapter, or in a model that was trained whole."""
 
     plan: Plan
     adapter: FinishedAdapter

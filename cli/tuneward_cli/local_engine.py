@@ -19,6 +19,9 @@ from tuneward_cli.voice import Voice
 
 
 def model_folder(store: Path, job: Finished) -> Path:
+    """What an engine loads: the base model, or the job's own."""
+    if job.adapter.whole:
+        return store / job.adapter.folder
     base, request = job.plan.prepared.base, job.plan.request
     if base.claim == request.store_claim:
         return store / base.sub_path
@@ -27,29 +30,32 @@ def model_folder(store: Path, job: Finished) -> Path:
 
 @contextmanager
 def running(store: Path, voice: Voice) -> Iterator[str]:
-    """Base URL of an engine with the newest job's base model and every adapter of that base."""
+    """Base URL of an engine with the newest job's base model and every adapter of that base; or with its own model."""
     store = store.absolute()
     jobs = finished(store)
     if not jobs:
         raise CommandError(f"{store} holds no finished job", paste=f"tuneward train examples/finetune.yaml --store {store}")
-    base = jobs[-1].plan.prepared.base
-    process, url = _start(model_folder(store, jobs[-1]), store)
+    newest = jobs[-1]
+    name = newest.adapter.served_name if newest.adapter.whole else None
+    process, url = _start(model_folder(store, newest), store, name)
     try:
         with voice.waiting("loading the model"):
             _await(process, url, store)
             for job in jobs:
-                if job.plan.prepared.base.digest == base.digest:
-                    _load(url, job.adapter.served_name, store / job.adapter.sub_path / "adapter")
+                same = job.plan.prepared.base.digest == newest.plan.prepared.base.digest
+                if same and not (job.adapter.whole or newest.adapter.whole):
+                    _load(url, job.adapter.served_name, store / job.adapter.folder)
         yield url
     finally:
         end(process.pid)
 
 
-def _start(model: Path, store: Path) -> tuple[subprocess.Popen[bytes], str]:
+def _start(model: Path, store: Path, name: str | None) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tuneward_serving", "engine", "--model", str(model), "--port", str(port)]
+    command += ["--served-base-name", name] if name is not None else []
     with (store / "engine.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1"],

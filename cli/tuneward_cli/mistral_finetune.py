@@ -263,11 +263,12 @@ class _Translator:
 
     def _numbers(self) -> None:
         keys = self._keys
-        self._set("lora.rank", "method.rank", keys.lora.rank)
-        self._set("lora.scaling", "method.alpha", keys.lora.rank * keys.lora.scaling)
-        self._set("lora.dropout", "method.dropout", keys.lora.dropout)
-        if not keys.lora.enable:
-            self._refuse("lora.enable", "is false; full fine-tuning is not there yet, train with LoRA")
+        if keys.lora.enable:
+            self._set("lora.rank", "method.rank", keys.lora.rank)
+            self._set("lora.scaling", "method.alpha", keys.lora.rank * keys.lora.scaling)
+            self._set("lora.dropout", "method.dropout", keys.lora.dropout)
+        else:
+            self._set("lora.enable", "method.type", "Full")
         self._set("max_steps", "hyperparameters.steps", keys.max_steps)
         self._set("optim.lr", "hyperparameters.learningRate", keys.optim.lr)
         self._set("optim.weight_decay", "hyperparameters.weightDecay", keys.optim.weight_decay)

@@ -145,7 +145,7 @@ def _choices(plan: Plan) -> Iterator[str]:
     yield "  # method:"
     yield f"  #   type: {method.type}"
     yield f"  #   rank: {method.rank}  # {method.trainable_parameters:,} parameters are trained"
-    yield f"  #   alpha: {method.alpha:g}"
+    yield f"  #   alpha: {method.alpha or 0:g}"
     yield "  # hyperparameters:"
     yield f"  #   epochs: {hyper.epochs:g}  # {hyper.steps:,} steps; or steps: …"
     yield f"  #   learningRate: {hyper.learning_rate:g}"

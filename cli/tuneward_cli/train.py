@@ -144,7 +144,7 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     if adapter is None:
         raise CommandError(f"finish reported no adapter: {report.message}", paste=f"ls {place.run}")
     metrics = adapter.metrics
-    path = place.store / adapter.sub_path / "adapter"
+    path = place.store / adapter.folder
     voice.done(phase_line(name, Phase.SUCCEEDED, report.message))
     show_losses(place, voice)
     voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
@@ -153,15 +153,17 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
         voice.line(f"  {scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}")
     model = Finished(plan, adapter).name
-    voice.line(f"  adapter: {path}")
-    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: model://{model}")
+    uri = f"pvc://{plan.request.store_claim}/{adapter.folder}" if adapter.whole else f"model://{model}"
+    kind = "model" if adapter.whole else "adapter"
+    voice.line(f"  {kind}: {path}")
+    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: {uri}")
     voice.line(f"next: tuneward chat --store {place.store}")
     voice.result(
         {
             "job": name,
             "phase": str(Phase.SUCCEEDED),
             "model": model,
-            "adapter": str(path),
+            "folder" if adapter.whole else "adapter": str(path),
             "digest": adapter.digest,
             "servedName": adapter.served_name,
             "metrics": metrics.to_json(),

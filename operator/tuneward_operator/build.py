@@ -270,15 +270,19 @@ def finetuned_model(owner: Owner, plan: Plan, adapter: FinishedAdapter) -> Objec
                 "digest": adapter.digest,
                 "size": adapter.size,
             },
-            "adapter": {
-                "type": adapter.type,
-                "rank": adapter.rank,
-                "alpha": adapter.alpha,
-                "targetModules": adapter.target_modules,
-            },
+            **({} if adapter.whole else {"adapter": _shape(adapter)}),
             "metrics": metrics,
             "dataDigest": plan.prepared.data.summary.digest,
         },
+    }
+
+
+def _shape(adapter: FinishedAdapter) -> Object:
+    return {
+        "type": adapter.type,
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "targetModules": adapter.target_modules,
     }
 
 

@@ -370,6 +370,9 @@ def _finished(context: Context, helper: Helper) -> Decision:
         validation_loss_after=adapter.metrics.validation_loss_after,
     )
     message = f"FineTunedModel {model.name} is ready to be served as {model.served_name}"
+    if adapter.whole:
+        uri = f"pvc://{context.seen.plan.request.store_claim}/{adapter.folder}"
+        message = f"FineTunedModel {model.name} is a base model of its own: make a ModelServer whose spec.model.uri is {uri}"
     done = _end(context.with_status(model=model), Phase.SUCCEEDED, Reason.SUCCEEDED, message)
     return replace(done, step=Step.REGISTER, adapter=adapter)
 

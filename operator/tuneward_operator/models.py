@@ -43,11 +43,18 @@ def decide(view: ResourceView, *, server_exists: bool, serving: Serving | None) 
     if view.spec.get("archived"):
         return Verdict(False, Reason.ARCHIVED, "spec.archived is true: no server offers it; its files are kept")
     if not server:
-        return Verdict(True, Reason.VERIFIED, "its files were verified; no ModelServer is asked to serve it")
+        return Verdict(True, Reason.VERIFIED, f"its files were verified; {_unserved(view)}")
     if not server_exists:
         message = f"there is no ModelServer {server} in this namespace; make it, or change the label {LABEL_SERVER}"
         return Verdict(False, Reason.SERVER_MISSING, message)
     return None if serving is None else serving.verdict(view.name)
+
+
+def _unserved(view: ResourceView) -> str:
+    artifact = view.spec.get("artifact")
+    if view.spec.get("adapter") is None and artifact:
+        return f"it is a base model of its own: make a ModelServer whose spec.model.uri is {artifact.get('uri')}/model"
+    return "no ModelServer is asked to serve it"
 
 
 def status_of(app: App, view: ResourceView, verdict: Verdict, serving: Serving | None) -> FineTunedModelStatus:

@@ -94,6 +94,9 @@ def ask_of(server: Server, base_digest: str, model: ResourceView) -> WantedAdapt
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in ("spec", *first["loc"]))
         return Verdict(False, Reason.CONFIG_INVALID, f"{where}: {first['msg']} (is this operator older than the CRD?)")
+    if spec.adapter is None:
+        message = f"it is a base model of its own; make a ModelServer whose spec.model.uri is {spec.artifact.uri}/model"
+        return Verdict(False, Reason.BASE_MISMATCH, message)
     if spec.base.digest != base_digest:
         message = (
             f"it was trained on the base model {spec.base.uri} ({spec.base.digest}), and ModelServer {server.name} serves "

@@ -209,7 +209,6 @@ GOOD = "data:\n  instruct_data: a.jsonl\nmodel_id_or_path: models/m/n\nrun_dir: 
         (GOOD + "seq_len: '64'\n", ':5: seq_len: "64": must be a whole number'),
         (GOOD + "max_steps: 0\n", ":5: max_steps: becomes spec.hyperparameters.steps: 0: must be at least 1"),
         (GOOD + "seed: 1\noptim:\n  lr: 2\n", ":7: optim.lr: becomes spec.hyperparameters.learningRate: 2.0: must be at most 1"),
-        (GOOD + "lora: {enable: false}\n", ":5: lora.enable: is false; full fine-tuning is not there yet, train with LoRA"),
         (GOOD + "no_eval: false\n", ":5: no_eval: is false, so data.eval_instruct_data must name data; or set no_eval: true"),
         (GOOD.replace("a.jsonl", "''"), ":1: data: holds no training data; set instruct_data, or data for plain text"),
         (GOOD.replace("a.jsonl", "a.jsonl:x"), ":2: data.instruct_data: 'a.jsonl:x' must be PATH or PATH:WEIGHT with a weight"),
@@ -221,6 +220,12 @@ GOOD = "data:\n  instruct_data: a.jsonl\nmodel_id_or_path: models/m/n\nrun_dir: 
 def test_refusals_name_the_key_and_its_line(tmp_path: Path, text: str, expected: str) -> None:
     (problem,) = loaded(tmp_path, text).problems
     assert str(problem).startswith(f"{tmp_path / 'mistral.yaml'}{expected}")
+
+
+def test_without_lora_all_weights_are_trained(tmp_path: Path) -> None:
+    found = loaded(tmp_path, GOOD + "lora: {enable: false}\n")
+    assert not found.problems
+    assert found.jobs[0].spec.to_json()["method"] == {"type": "Full"}
 
 
 def test_validate_says_what_is_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

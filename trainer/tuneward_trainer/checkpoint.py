@@ -1,8 +1,10 @@
 """Checkpoints: `checkpoints/step-00000100.a<attempt>/`, complete once MANIFEST.json is there.
 
 One holds the trained tensors, the optimizer's state, the step, and what tells a divergence (the last losses);
-order, learning rate and dropout follow from the step. Beside it the manifest of circumstances: another base, data or
-shape refuses a resume, another torch, device or thread count makes it `equivalent` instead of `exact` and loses nothing.
+order, learning rate and dropout follow from the step. An adapter's tensors are one file, which the leader writes; where
+ranks hold one model together each writes its shards below `shards/`, by torch.distributed.checkpoint, and any number of
+ranks can read them. Beside it the manifest of circumstances: another base, data or shape refuses a resume, another torch,
+device or thread count makes it `equivalent` instead of `exact` and loses nothing.
 """
 
 from __future__ import annotations
@@ -18,15 +20,20 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from tuneward_api import manifest
 from tuneward_api.files import Plan, SavedCheckpoint
+from tuneward_trainer.distributed import Crew, Gang
 from tuneward_trainer.endings import ConfigBadError
 from tuneward_trainer.engine import State
 from tuneward_trainer.memory import Choice
 from tuneward_trainer.rundir import now
 
 FOLDER: Final = "checkpoints"
+SHARDS: Final = "shards"
+"""In a checkpoint whose ranks hold one model together."""
 _NAME: Final = re.compile(r"^step-(\d{8,})\.a(\d+)$")
 
 logger = logging.getLogger(__name__)
@@ -46,7 +53,8 @@ class Checkpoint:
     """A complete one, read back."""
 
     step: int
-    state: State
+    state: State | Path
+    """Of shards their folder."""
     watch: dict[str, list[float]]
     """What `divergence.LossWatch` remembered."""
     resume: str
@@ -62,13 +70,16 @@ def identity(plan: Plan, shapes: dict[str, list[int]]) -> dict[str, Any]:
     return found if plan.request.parent is None else {**found, "parent": plan.request.parent.artifact_digest}
 
 
-def circumstances(device: torch.device, choice: Choice) -> dict[str, Any]:
+def circumstances(gang: Gang, choice: Choice) -> dict[str, Any]:
     """What must be equal for a resume to give the same bytes."""
+    device = gang.device
     cuda = device.type == "cuda"
     # On a CPU the plan says how many.
     rows = {"rows at once": choice.bins} if cuda else {}
     return {
         **rows,
+        # Gradients of shards are added up rank by rank.
+        **({"ranks": gang.world} if gang.together else {}),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
         # On a CPU sums inside a matrix product may be split by thread.
@@ -123,7 +134,7 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
         changes.append("this GPU's attention kernels are not deterministic")
     return Checkpoint(
         step=step,
-        state=load_file(folder / "state.safetensors"),
+        state=folder / SHARDS if (folder / SHARDS).is_dir() else load_file(folder / "state.safetensors"),
         watch=facts.get("watch", {}),
         resume=f"equivalent ({', '.join(changes)})" if changes else "exact",
         saved=SavedCheckpoint(step=step, digest=digest, saved_at=facts["savedAt"], directory=f"{FOLDER}/{folder.name}"),
@@ -133,13 +144,22 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
 
 def write(run: Path, snapshot: Snapshot, *, attempt: int) -> SavedCheckpoint:
     """Writes and syncs all files, the manifest last: killed or out of space on the way, it is no checkpoint."""
-    folder = run / FOLDER / f"step-{snapshot.step:08d}.a{attempt}"
+    folder = _folder(run, snapshot.step, attempt)
     folder.mkdir(parents=True, exist_ok=True)
-    saved_at = now()
     save_file(snapshot.state, folder / "state.safetensors")
+    return _complete(folder, snapshot, [manifest.entry(folder, "state.safetensors")])
+
+
+def _folder(run: Path, step: int, attempt: int) -> Path:
+    return run / FOLDER / f"step-{step:08d}.a{attempt}"
+
+
+def _complete(folder: Path, snapshot: Snapshot, entries: list[manifest.Entry]) -> SavedCheckpoint:
+    """`entries`: of all that holds the state."""
+    saved_at = now()
     body = {**snapshot.facts, "savedAt": saved_at}
     (folder / "state.json").write_text(json.dumps(body, sort_keys=True))
-    digest = manifest.write_manifest(folder)
+    digest = manifest.write_manifest(folder, [*entries, manifest.entry(folder, "state.json")])
     return SavedCheckpoint(step=snapshot.step, digest=digest, saved_at=saved_at, directory=f"{FOLDER}/{folder.name}")
 
 
@@ -171,13 +191,33 @@ def remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-class Saver:
-    """Writes in a thread of its own, one checkpoint at a time, while the training goes on."""
+def write_together(run: Path, snapshot: Snapshot, crew: Crew, *, attempt: int) -> SavedCheckpoint:
+    """The same by all ranks: each writes and syncs its shards and reads back what it wrote; the leader then completes it.
+    Raises on every rank what went wrong on any."""
+    folder = _folder(run, snapshot.step, attempt)
+    # Its own collectives carry an error of any rank to all.
+    save_shards(
+        snapshot.state,
+        storage_writer=FileSystemWriter(folder / SHARDS, sync_files=True),
+        process_group=crew.group,
+        no_dist=crew.group is None,
+    )
+    own = [f"{SHARDS}/{file.name}" for file in (folder / SHARDS).glob(f"__{crew.rank}_*")]
+    own += [f"{SHARDS}/.metadata"] if crew.leads else []
+    entries = crew.gather(lambda: [manifest.entry(folder, path) for path in own])
+    (saved,) = crew.gather(lambda: [_complete(folder, snapshot, entries)] if crew.leads else [])
+    return saved
 
-    def __init__(self, run: Path, *, attempt: int, keep: int, facts: dict[str, Any]) -> None:
+
+class Saver:
+    """Writes in a thread of its own, one checkpoint at a time, while the training goes on. Of a model that ranks hold
+    together each has one, and `crew`; else the leader alone."""
+
+    def __init__(self, run: Path, *, attempt: int, keep: int, facts: dict[str, Any], crew: Crew | None = None) -> None:
         self._run = run
         self._attempt = attempt
         self._keep = keep
+        self._crew = crew
         self._thread: threading.Thread | None = None
         self._error: OSError | None = None
         self.facts = facts
@@ -185,6 +225,10 @@ class Saver:
         """Step of a checkpoint that stays however many come after it."""
         self.last: SavedCheckpoint | None = None
         """The newest complete one; set by the thread."""
+
+    @property
+    def _leads(self) -> bool:
+        return self._crew is None or self._crew.leads
 
     def marks(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """What makes a checkpoint this job's, and what makes a resume exact."""
@@ -199,7 +243,8 @@ class Saver:
     def discard(self, step: int) -> None:
         """Those of `step` and later steps."""
         self.wait()
-        discard(self._run, step=step, attempt=self._attempt)
+        if self._leads:
+            discard(self._run, step=step, attempt=self._attempt)
         if self.last is not None and self.last.step >= step:
             self.last = None
 
@@ -213,12 +258,17 @@ class Saver:
     def _write(self, snapshot: Snapshot) -> None:
         self._error = None
         try:
-            self.last = write(self._run, snapshot, attempt=self._attempt)
-            prune(self._run, keep=self._keep, attempt=self._attempt, pinned=self.pinned)
+            if self._crew is None:
+                self.last = write(self._run, snapshot, attempt=self._attempt)
+            else:
+                self.last = write_together(self._run, snapshot, self._crew, attempt=self._attempt)
+            if self._leads:
+                prune(self._run, keep=self._keep, attempt=self._attempt, pinned=self.pinned)
         except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
             self._error = error if isinstance(error, OSError) else OSError(str(error))
-            logger.error("checkpoint of step %d was not saved, the older one stays: %s", snapshot.step, error)
-            remove(self._run / FOLDER / f"step-{snapshot.step:08d}.a{self._attempt}")
+            if self._leads:
+                logger.error("checkpoint of step %d was not saved, the older one stays: %s", snapshot.step, error)
+                remove(_folder(self._run, snapshot.step, self._attempt))
 
 
 def write_notes(saver: Saver, **notes: float) -> None:

@@ -120,7 +120,7 @@ def _figures(session: Session, forward: Patched) -> dict[str, float] | None:
         validation,
         session.held_out_loss,
         session.gang,
-        rows=evaluate.rows_of(validation.lengths.tolist(), _row_tokens(session), unit),
+        rows=evaluate.rows_of(validation.lengths.tolist(), 0 if session.apart else _row_tokens(session), unit),
         stopping=lambda: session.stop.asked,
     )
     step = session.engine.step
@@ -143,6 +143,7 @@ def choose(session: Session, forward: Patched) -> None:
     found = None
     if session.saver is not None:
         session.saver.wait()
+    if session.saver is not None and session.gang.leads:
         found = checkpoint.at(session.run, best.step, *session.saver.marks())
     found = session.gang.broadcast(found)
     if found is None:

@@ -50,6 +50,9 @@ _USUAL: Final[dict[ObjectiveType, _Usual]] = {
     "DPO": _Usual(epochs=1, batch_units=32, learning_rate=5e-6, warmup_fraction=0.1),
 }
 _BETA: Final = 0.1
+_FULL_LEARNING_RATE: Final = 2e-5
+"""TRL's for full fine-tuning; a tenth of LoRA's above 4 billion parameters, as tinker-cookbook's sweep found."""
+_FULL_WEIGHT_DECAY: Final = 0.1
 
 
 def objective(spec: FineTuneJobSpec) -> ResolvedObjective:
@@ -87,8 +90,17 @@ def longest_sample(hyper: Hyperparameters, facts: Facts) -> int:
 
 def method(asked: Method, facts: Facts) -> ResolvedMethod:
     """Raises EndError where targetModules names a layer that the model does not have."""
-    from tuneward_trainer.model import ModelUnsupportedError, adapted_linears, adapter_parameters, target_linears
+    from tuneward_trainer.model import (
+        ModelUnsupportedError,
+        adapted_linears,
+        adapter_parameters,
+        target_linears,
+        text_parameters,
+    )
 
+    if asked.type == "Full":
+        count = sum(parameter.numel() for parameter in text_parameters(facts.empty).values())
+        return ResolvedMethod(type="Full", trainable_parameters=count)
     try:
         available = target_linears(facts.empty)
     except ModelUnsupportedError as error:
@@ -119,6 +131,7 @@ def hyperparameters(
     facts: Facts,
     longest: int,
     objective: ResolvedObjective,
+    method: str = "LoRA",
 ) -> ResolvedHyperparameters:
     """`lengths`: int32 [training documents]; `longest`: what a sample may have at most."""
     usual = _USUAL[objective.type]
@@ -128,14 +141,15 @@ def hyperparameters(
     sizes = units(lengths, unit)
     batch = asked.batch_tokens or _usual_batch(usual, epochs, sizes)
     per_epoch = packing.steps_per_epoch(sizes, sequence_length=unit * length, batch_tokens=batch)
+    decay = _FULL_WEIGHT_DECAY if method == "Full" else usual.weight_decay
     steps = asked.steps or epochs * per_epoch
     return ResolvedHyperparameters(
         epochs=round(steps / per_epoch, 4),
         steps=steps,
-        learning_rate=asked.learning_rate or learning_rate(facts.parameters, objective.type),
+        learning_rate=asked.learning_rate or learning_rate(facts.parameters, objective.type, method),
         scheduler=asked.scheduler or "Cosine",
         warmup_fraction=usual.warmup_fraction if asked.warmup_fraction is None else asked.warmup_fraction,
-        weight_decay=usual.weight_decay if asked.weight_decay is None else asked.weight_decay,
+        weight_decay=decay if asked.weight_decay is None else asked.weight_decay,
         max_grad_norm=asked.max_grad_norm or 1.0,
         sequence_length=length,
         batch_tokens=batch,
@@ -175,8 +189,10 @@ def _power_of_two(value: float) -> int:
     return below if value - below < 2 * below - value else 2 * below
 
 
-def learning_rate(parameters: int, objective: ObjectiveType) -> float:
+def learning_rate(parameters: int, objective: ObjectiveType, method: str = "LoRA") -> float:
     """The default one."""
+    if method == "Full":
+        return _FULL_LEARNING_RATE
     usual = _USUAL[objective].learning_rate
     if usual is not None:
         return usual

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -102,6 +102,8 @@ class Gang:
     device: torch.device
     control: dist.ProcessGroup | None = None
     """gloo; None when there is one rank."""
+    together: bool = False
+    """The ranks hold one model between them, so each forward pass is one of all ranks."""
 
     @property
     def leads(self) -> bool:
@@ -145,6 +147,14 @@ class Gang:
         dist.all_gather_into_tensor(everyone.view(-1), own)
         return everyone[:, : len(part)].reshape(-1)[:size], everyone[:, len(part) :]
 
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over ranks of a scalar on the device, the same bytes on each."""
+        if self.world == 1:
+            return value
+        everyone = torch.empty(self.world, device=value.device, dtype=value.dtype)
+        dist.all_gather_into_tensor(everyone, value.reshape(1))
+        return everyone.sum()
+
     # -- the control group: anything may take its time -----------------------------------------------------------------
 
     def broadcast(self, value: T) -> T:
@@ -183,8 +193,43 @@ class Gang:
             dist.barrier(group=self.control)
 
     def close(self) -> None:
-        if self.world > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Crew:
+    """The ranks that write a checkpoint together, in threads beside the training: so they have a group of their own."""
+
+    rank: int
+    world: int
+    group: dist.ProcessGroup | None
+    """gloo; None when there is one rank."""
+
+    @classmethod
+    def of(cls, gang: Gang) -> Crew:
+        """A collective."""
+        return cls(gang.rank, gang.world, _control_group() if gang.world > 1 else None)
+
+    @property
+    def leads(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, make: Callable[[], list[T]]) -> list[T]:
+        """What all ranks make, in the order of ranks, on every rank. Raises OSError on every rank where any could not."""
+        own: list[T] | str
+        try:
+            own = make()
+        except Exception as error:  # noqa: BLE001 - the others wait for an answer, whatever it is
+            own = f"rank {self.rank}: {error}"
+        boxes: list[Any] = [own]
+        if self.world > 1:
+            boxes = [None] * self.world
+            dist.all_gather_object(boxes, own, group=self.group)
+        failed = [box for box in boxes if isinstance(box, str)]
+        if failed:
+            raise OSError(failed[0])
+        return [value for box in boxes for value in box]
 
 
 def join() -> Gang:

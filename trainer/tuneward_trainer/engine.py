@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import torch
@@ -93,8 +94,10 @@ class Engine:
             state |= self._named(torch.zeros_like(self._flat) if moments is None else moments, f"{key}.")
         return state
 
-    def load(self, state: State, step: int) -> None:
+    def load(self, state: State | Path, step: int) -> None:
         """Goes on from `save()` of another process. Raises KeyError or RuntimeError for another model's state."""
+        if isinstance(state, Path):
+            raise TypeError(f"{state} holds the shards of a whole model")
         with torch.no_grad():
             self._flat.copy_(self._joined(state, ""))
         self._optimizer.state[self._flat] = {

@@ -13,7 +13,7 @@ import time
 from typing import Any, Final
 
 from tuneward_api import names
-from tuneward_api.estimate import GIB, flops_per_token
+from tuneward_api.estimate import GIB
 from tuneward_api.files import Plan
 from tuneward_api.names import ExitCode
 from tuneward_trainer import memory, rundir
@@ -57,10 +57,11 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
         data=data,
         device="cuda" if room else "cpu",
         unit=documents_a_unit(prepared.objective.type),
+        ranks=memory.ranks_of(plan.request.spec),
     )
     choice = found.choose(room) if room else memory.Choice(prepared.bins_per_micro_batch)
     needs, had = found.memory(choice), room or memory.worker_memory(plan.request.spec)
-    each = flops_per_token(shape, data, prepared.method.rank, found.setup.targets, recompute=choice.recompute)
+    each = found.flops(choice)
     flops = each * summary.tokens * hyper.epochs
     rate = None if room else EFFICIENCY * cpu_rate()
     return {

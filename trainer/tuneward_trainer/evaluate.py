@@ -1,7 +1,7 @@
 """Figures on held-out documents, and documents' log-probabilities: the same numbers on any number of ranks.
 
 Rows are a function of the documents alone, one rank scores a row, and what a rank did not score it adds as zeros: so every
-sum over ranks is exact.
+sum over ranks is exact. Where ranks hold one model together, one that has no row left scores another's for nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +29,16 @@ ROUND: Final = 8
 """Rows that a rank scores between two looks at whether to stop."""
 
 
+def filler(documents: Documents) -> Batch:
+    """One document, of weight 0: what a rank passes through the model for the others' sake. Raises ValueError where no
+    document has a target."""
+    for index in range(len(documents)):
+        batch = collate([(index, documents[index])])
+        if batch.documents:
+            return batch.scaled(0.0)
+    raise ValueError("no document has a target")
+
+
 def rows_of(lengths: Sequence[int], tokens: int, unit: int = 1) -> list[list[int]]:
     """Documents in their own order, so many in a row as fit `tokens`; `unit` of them are never apart."""
     rows: list[list[int]] = []
@@ -51,7 +61,7 @@ def figures(
     rank where `stopping()` became true on any."""
 
     def score(row: list[int]) -> Tensor:
-        batch, (logprobs, right) = _scored(forward.judged, documents, row, gang.device, 2)
+        batch, (logprobs, right) = _scored(forward.judged, documents, row, gang, 2)
         total = loss.total(documents[index] for index in row)
         counted = torch.tensor([float((right * batch.weights).sum()), total], dtype=torch.float64)
         return torch.cat([loss(logprobs, batch), counted])
@@ -73,7 +83,7 @@ def logprobs(
     width = max(map(len, places), default=0)
 
     def score(row: list[int]) -> Tensor:
-        batch, found = _scored(forward, documents, [indices[place] for place in row], gang.device)
+        batch, found = _scored(forward, documents, [indices[place] for place in row], gang)
         return torch.nn.functional.pad(losses.sums(found, batch), (0, width - len(row)))
 
     found = _every_row(score, places, width, gang, stopping)
@@ -87,8 +97,13 @@ def _every_row(
     """float64 [rows, width], on every rank."""
     found = torch.zeros(len(rows), width, dtype=torch.float64)
     for start in range(0, len(rows), ROUND * gang.world):
-        for index in range(start + gang.rank, min(start + ROUND * gang.world, len(rows)), gang.world):
-            found[index] = score(rows[index])
+        stop = min(start + ROUND * gang.world, len(rows))
+        for first in range(start, stop, gang.world):
+            index = first + gang.rank
+            if index < stop:
+                found[index] = score(rows[index])
+            elif gang.together:
+                score(rows[first])
         heed(gang, stopping)
     return gang.add(found)
 
@@ -99,10 +114,12 @@ def heed(gang: Gang, stopping: Callable[[], bool]) -> None:
         raise StoppedError
 
 
-def _scored(
-    forward: Forward, documents: Documents, row: list[int], device: torch.device, *kinds: int
-) -> tuple[Batch, Tensor]:
+def _scored(forward: Forward, documents: Documents, row: list[int], gang: Gang, *kinds: int) -> tuple[Batch, Tensor]:
     """The row's batch, and [*kinds, R] of its targets, in float64 on the CPU."""
     batch = collate((index, documents[index]) for index in row)
-    scored = forward(batch.to(device)).double().cpu() if len(batch.rows) else torch.zeros(*kinds, 0, dtype=torch.float64)
+    scored = torch.zeros(*kinds, 0, dtype=torch.float64)
+    if batch.documents:
+        scored = forward(batch.to(gang.device)).double().cpu()
+    elif gang.together:
+        forward(filler(documents).to(gang.device))
     return replace(batch, weights=batch.weights.double()), scored

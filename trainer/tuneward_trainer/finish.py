@@ -1,4 +1,5 @@
-"""After the training: check the adapter, hold it against the gate, file it under its digest, report.
+"""After the training: check the adapter, or the model that was trained whole, hold it against the gate, file it under its
+digest, report.
 
 Quick and idempotent: the folder's name is its digest, and everything in the report comes from files, so that a second
 pass, after a report that got lost, says the same.
@@ -45,24 +46,29 @@ def finish(plan: Plan, store: Path) -> FinishReport:
     try:
         digest = manifest.verify(source, digest=result.adapter_digest)
     except manifest.ManifestError as error:
-        raise report.input_missing(f"the trained adapter is not what the trainer left: {error}") from error
+        raise report.input_missing(f"the trained {_noun(plan)} is not what the trainer left: {error}") from error
     evaluation = plan.request.spec.evaluation
     refusal = refused(evaluation.gate if evaluation is not None else None, result.metrics)
     if refusal is not None:
-        message = f"{refusal}; the adapter stays in {plan.request.run_directory}/{result.adapter_directory}"
+        message = f"{refusal}; the {_noun(plan)} stays in {plan.request.run_directory}/{result.adapter_directory}"
         return FinishReport(
             outcome="Failed", reason=Reason.GATE_REFUSED, message=message[:MAX_MESSAGE], metrics=result.metrics
         )
-    sub_path = names.adapter_directory(digest)
+    whole = plan.prepared.method.type == "Full"
+    sub_path = names.whole_model_directory(digest) if whole else names.adapter_directory(digest)
     file_under(source, store / sub_path, digest)
     adapter = describe(plan, result, store / sub_path, sub_path, digest)
     return FinishReport(
         outcome="Done",
         reason=Reason.SUCCEEDED,
-        message=f"{adapter.served_name} is ready to be served",
+        message=f"{adapter.served_name} is ready to be served" + (" as a base model of its own" if whole else ""),
         adapter=adapter,
         metrics=result.metrics,
     )
+
+
+def _noun(plan: Plan) -> str:
+    return "model" if plan.prepared.method.type == "Full" else "adapter"
 
 
 def succeeded(plan: Plan, run: Path) -> Result:
@@ -119,22 +125,31 @@ def file_under(source: Path, target: Path, digest: str) -> None:
         shutil.copyfile(source / path, target / path)
     copied = manifest.write_manifest(target)
     if copied != digest:
-        raise report.try_again(f"the copy of the adapter has digest {copied}, expected {digest}")
+        raise report.try_again(f"the copy has digest {copied}, expected {digest}")
+
+
+def shape_of(plan: Plan, folder: Path) -> dict[str, Any]:
+    """Of the adapter in `folder`; a whole model has none."""
+    if plan.prepared.method.type == "Full":
+        return {"type": "Full"}
+    config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
+    return {
+        "type": "DoRA" if config.get("use_dora") else "LoRA",
+        "rank": int(config["r"]),
+        "alpha": float(config["lora_alpha"]),
+        "target_modules": sorted(config["target_modules"]),
+    }
 
 
 def describe(plan: Plan, result: Result, folder: Path, sub_path: str, digest: str) -> FinishedAdapter:
     """As FineTunedModel's spec will have it. Its date is the training's, so that a second pass makes the same name."""
-    config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
     register = plan.request.spec.register_
     suffix = (register.suffix if register is not None else None) or plan.request.job.name
     return FinishedAdapter(
         sub_path=sub_path,
         digest=digest,
         size=sum(entry.size for entry in manifest.read_manifest(folder)[1]),
-        type="DoRA" if config.get("use_dora") else "LoRA",
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        target_modules=sorted(config["target_modules"]),
+        **shape_of(plan, folder),
         served_name=names.served_name(plan.prepared.base.uri, suffix, result.finished_at[:10].replace("-", ""), digest),
         attempt=result.attempt,
         step=result.step,

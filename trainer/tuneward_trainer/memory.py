@@ -65,11 +65,15 @@ class Costs:
         data: Data,
         device: Device,
         unit: int = 1,
+        ranks: int = 1,
     ) -> Costs:
+        """`ranks`: of the gang."""
         setup = Setup(
             tokens=0,
-            rank=method.rank,
-            targets=frozenset(method.target_modules),
+            full=method.type == "Full",
+            shards=ranks,
+            rank=method.rank or 0,
+            targets=frozenset(method.target_modules) if method.target_modules is not None else None,
             dora=method.type == "DoRA",
             dropout=bool(method.dropout),
             device=device,
@@ -77,6 +81,11 @@ class Costs:
             trained=method.trainable_parameters or None,
         )
         return cls(shape=shape, data=data, setup=setup, hyper=hyper, unit=unit)
+
+    def flops(self, choice: Choice) -> float:
+        """Of a token."""
+        setup = self.setup
+        return flops_per_token(self.shape, self.data, setup.rank, setup.targets, recompute=choice.recompute, full=setup.full)
 
     def fit(self, room: int, *, recompute: bool = False) -> int:
         """Tokens of a micro-batch that fit `room` bytes."""
@@ -122,15 +131,13 @@ def statistics(lengths: NDArray[np.int32], target_tokens: int) -> Data:
 def estimate(costs: Costs, choice: Choice, tokens: int) -> ResolvedEstimate:
     """`tokens`: of one epoch."""
     needs = costs.memory(choice)
-    targets = costs.setup.targets
-    each = flops_per_token(costs.shape, costs.data, costs.setup.rank, targets, recompute=choice.recompute)
     return ResolvedEstimate(
         memory_bytes=needs.resident,
         weight_bytes=needs.weights,
         state_bytes=needs.state,
         activation_bytes=needs.activations,
         buffer_bytes=max(needs.work, needs.head),
-        flops=each * tokens * costs.hyper.epochs,
+        flops=costs.flops(choice) * tokens * costs.hyper.epochs,
     )
 
 
@@ -162,19 +169,36 @@ def taken(device: str) -> int:
 # -- where it was too much -----------------------------------------------------------------------------------------------
 
 
-def costs_of(prepared: Prepared, folder: Path, device: Device) -> Costs | None:
+def ranks_of(spec: FineTuneJobSpec) -> int:
+    """Processes of the gang that the job asks for."""
+    workers = spec.workers
+    if workers is None:
+        return 1
+    return (workers.replicas or 1) * max(1, 1 if workers.gpus_per_worker is None else workers.gpus_per_worker)
+
+
+def costs_of(prepared: Prepared, folder: Path, device: Device, ranks: int) -> Costs | None:
     """Of a plan, from its model in `folder`. Documents are taken to fill their rows, as the lengths are not at hand."""
     shape, summary, hyper = shape_of(folder), prepared.data.summary, prepared.hyperparameters
     if shape is None:
         return None
     data = Data(learnt=min(1.0, summary.target_tokens / max(1, summary.tokens)), length=hyper.sequence_length)
     unit = documents_a_unit(prepared.objective.type)
-    return Costs.of(shape, prepared.method, hyper, parameters=prepared.base.parameters, data=data, device=device, unit=unit)
+    return Costs.of(
+        shape,
+        prepared.method,
+        hyper,
+        parameters=prepared.base.parameters,
+        data=data,
+        device=device,
+        unit=unit,
+        ranks=ranks,
+    )
 
 
-def rows(prepared: Prepared, folder: Path, room: int | None) -> Choice:
-    """`room`: bytes of the smallest GPU of the gang; None on a CPU, where prepare chose."""
-    costs = costs_of(prepared, folder, "cuda") if room is not None else None
+def rows(prepared: Prepared, folder: Path, room: int | None, ranks: int = 1) -> Choice:
+    """`room`: bytes of the smallest GPU of the gang of `ranks`; None on a CPU, where prepare chose."""
+    costs = costs_of(prepared, folder, "cuda", ranks) if room is not None else None
     if room is None or costs is None:
         return Choice(prepared.bins_per_micro_batch)
     choice = costs.choose(room)
@@ -184,7 +208,8 @@ def rows(prepared: Prepared, folder: Path, room: int | None) -> Choice:
 def remedy(plan: Plan, folder: Path, room: int | None) -> str:
     """What to lower, to which value, after memory ran out. `room`: bytes of the GPU; None: a CPU worker has the job's."""
     device: Device = "cpu" if room is None else "cuda"
-    costs, choice = costs_of(plan.prepared, folder, device), rows(plan.prepared, folder, room)
+    workers, ranks = plan.request.spec.workers, ranks_of(plan.request.spec)
+    costs, choice = costs_of(plan.prepared, folder, device, ranks), rows(plan.prepared, folder, room, ranks)
     if costs is None:
         return "lower spec.hyperparameters.sequenceLength, or give the workers more memory"
     had = worker_memory(plan.request.spec) if room is None else room
@@ -193,6 +218,13 @@ def remedy(plan: Plan, folder: Path, room: int | None) -> str:
         instead = f"use GPUs with {more} GiB or more"
     else:
         instead = f"raise spec.workers.resources.limits.memory to {more}Gi"
+    if costs.setup.full and not costs.fit(had, recompute=choice.recompute):
+        # No shorter row mends that.
+        replicas = (workers.replicas if workers is not None else None) or 1
+        return (
+            f"all weights with their gradients and moments take more than a rank's {had / GIB:.3g} GiB: {instead}, raise "
+            f"spec.workers.replicas from {replicas}, since ranks share them, or set spec.method.type to LoRA"
+        )
     return f"{_smaller(costs, choice, had)}, or {instead}"
 
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from tuneward_api.estimate import flops_per_token
-from tuneward_trainer.memory import Costs
+from tuneward_trainer.memory import Choice, Costs
 
 _TERA: Final = 1e12
 PEAKS: Final[tuple[tuple[str, float, str], ...]] = (
@@ -50,8 +49,7 @@ class Utilization:
         peak = peak_of(device_name)
         if peak is None or costs is None or not costs.shape.known:
             return None
-        each = flops_per_token(costs.shape, costs.data, costs.setup.rank, costs.setup.targets)
-        return cls(each, peak * ranks)
+        return cls(costs.flops(Choice(1)), peak * ranks)
 
     def share(self, tokens_per_second: float) -> float:
         return self.flops * tokens_per_second / self.peak

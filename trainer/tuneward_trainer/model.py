@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -83,6 +84,19 @@ def quantised(config: dict[str, Any]) -> str | None:
 def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
     """The base model, frozen: fp32 on a CPU, where bf16 is slower and no smaller in the end, and bf16 on a GPU. Weights
     in a format of DEQUANTISED become plain ones."""
+    return _load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+
+
+def load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
+    """The base model with all of its text part to be trained, in the host's memory: as it was saved where a GPU will have
+    it, whose ranks take their shards in fp32, and fp32 on a CPU."""
+    model = _load(folder, "auto" if device.type == "cuda" else torch.float32)
+    for parameter in text_parameters(model).values():
+        parameter.requires_grad_(True)
+    return model
+
+
+def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
     raw = read_config(folder)
     kind = model_class(raw)
     options: dict[str, Any] = {}
@@ -90,7 +104,7 @@ def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
         options["quantization_config"] = AutoQuantizationConfig.from_dict(raw["quantization_config"] | {"dequantize": True})
     model = kind.from_pretrained(
         folder,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        dtype=dtype,
         attn_implementation=attention_of(kind),
         local_files_only=True,
         **options,
@@ -98,7 +112,7 @@ def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
     model.requires_grad_(False)
     # Dropout of the base model would make the loss of a document depend on its row.
     model.eval()
-    return model.to(device)
+    return model
 
 
 def build_empty(config: PreTrainedConfig, kind: type[PreTrainedModel]) -> PreTrainedModel:
@@ -146,6 +160,30 @@ def _decoder(model: nn.Module) -> str:
     return f"{name}." if name else ""
 
 
+def text_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """Name -> parameter, each once, of all that reads and writes text: what full fine-tuning trains. Its routers stay as
+    they are, and so does what sees or hears."""
+    inside = _decoder(model)
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    outside = {id(parameter) for end in ends for parameter in end.parameters()}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in outside or (name.startswith(inside) and not re.fullmatch(_ROUTERS, name))
+    }
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers that the decoder is a stack of."""
+    return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """Without the wrapper that adapters put around it."""
+    found: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    return found
+
+
 def target_linears(model: nn.Module) -> list[str]:
     """Names (last parts, sorted) of all of them: what LoRA is put on when the job names nothing. Not PEFT's `all-linear`,
     which takes routers and vision too."""
@@ -177,6 +215,8 @@ def adapter_parameters(model: nn.Module, targets: list[str], rank: int, *, dora:
 def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, base_uri: str) -> PeftModel:
     """Puts LoRA or DoRA on `model`, in fp32, with an init that depends on `seed` and the base alone: every rank gets the
     same bytes. DoRA (Liu et al. 2024, arXiv 2402.09353) is PEFT's own: W' = m (W + sBA) / |W + sBA|, rows apart."""
+    if method.rank is None or method.alpha is None or method.target_modules is None:
+        raise TypeError(f"{method.type} has no adapters")
     names = list(adapted_linears(model, method.target_modules))
     if not names:
         raise ModelUnsupportedError(
@@ -186,8 +226,8 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
     config = LoraConfig(
         r=method.rank,
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
-        lora_dropout=method.dropout,
-        use_rslora=method.rs_lora,
+        lora_dropout=method.dropout or 0.0,
+        use_rslora=bool(method.rs_lora),
         use_dora=method.type == "DoRA",
         target_modules=sorted(method.target_modules),
         exclude_modules=_excluded(model, method.target_modules),

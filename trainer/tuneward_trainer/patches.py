@@ -28,16 +28,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
+from tuneward_trainer.model import plain
 
 PACKED_ATTENTION: Final = "packed-attention"
 LOSS_HEAD: Final = "loss-head"
 LORA_LINEAR: Final = "lora-linear"
 GATED_MLP: Final = "gated-mlp"
 ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR, GATED_MLP)
+OF_WHOLE_MODELS: Final = (PACKED_ATTENTION, LOSS_HEAD)
+"""Those that do not need adapters."""
 
 _REGISTERED: Final = "tuneward_packed"
 _CHUNK_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits held at once. On a CPU so few that they stay in its cache, on a GPU so many that its cores are busy."""
+_TRAINED_CHUNK_ELEMENTS: Final = 1 << 25
+"""The same of a head that is trained, whose whole gradient each chunk is added to: fewer and larger ones."""
 
 Forward = Callable[[Batch], Tensor]
 """Batch -> float32 [R], the log-probability of each target."""
@@ -63,13 +68,15 @@ class Patched:
 
 
 @contextmanager
-def applied(model: PeftModel, names: Collection[str] = ALL, *, recompute: bool = False) -> Iterator[Patched]:
+def applied(
+    model: PreTrainedModel | PeftModel, names: Collection[str] = ALL, *, recompute: bool = False
+) -> Iterator[Patched]:
     """The model's forward pass with the patches in `names`; outside the block the model is plain again.
 
     Without packed-attention each document has a forward pass of its own. With `recompute` only the inputs of layers are
     kept, and each is computed again in the backward pass: a third more work, where memory would not do otherwise.
     """
-    base: PreTrainedModel = model.get_base_model()
+    base = plain(model)
     with ExitStack() as stack:
         if recompute:
             stack.enter_context(_recomputed_layers(base))
@@ -151,8 +158,9 @@ def _loss_head(base: PreTrainedModel) -> Iterator[tuple[Head, Head]]:
     the head is linear. Gemma 2's soft-cap is not linear: it is switched off in the config and done here.
     """
     head = base.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.weight.requires_grad:
-        raise TypeError(f"the head is a {type(head).__name__}, not a frozen Linear")
+    if not isinstance(head, nn.Linear):
+        raise TypeError(f"the head is a {type(head).__name__}, not a Linear")
+    score = _TrainedHead if head.weight.requires_grad else _TargetLogprobs
     config = base.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     with ExitStack() as stack:
@@ -161,7 +169,7 @@ def _loss_head(base: PreTrainedModel) -> Iterator[tuple[Head, Head]]:
             config.final_logit_softcapping = None
             stack.callback(setattr, config, "final_logit_softcapping", cap)
         yield (
-            lambda hidden, targets: _TargetLogprobs.apply(hidden, head.weight, head.bias, targets, cap),
+            lambda hidden, targets: score.apply(hidden, head.weight, head.bias, targets, cap),
             lambda hidden, targets: _judged(hidden, head.weight, head.bias, targets, cap),
         )
 
@@ -195,9 +203,46 @@ class _TargetLogprobs(torch.autograd.Function):
         return slopes * gradients[0][:, None].to(slopes.dtype), None, None, None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor) -> Iterator[slice]:
+class _TrainedHead(torch.autograd.Function):
+    """The same of a head that is trained too. Its gradient needs each row's share of the loss, which only the backward pass
+    has, so the scores are computed again there: a chunk's logits are all that is ever held."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None) -> Tensor:
+        """[R, H], [V, H], [V], int64 [R] -> float32 [R]."""
+        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        for part in _chunks(hidden, weight, _TRAINED_CHUNK_ELEMENTS):
+            _score_chunk(hidden[part], weight, bias, targets[part, None], cap, logprobs[part], None)
+        ctx.save_for_backward(hidden, weight, bias, targets)
+        ctx.cap = cap
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        hidden, weight, bias, targets = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        # float32: a sum over chunks of what may be bf16.
+        to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+        to_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        for part in _chunks(hidden, weight, _TRAINED_CHUNK_ELEMENTS):
+            rows = gradients[0][part, None]
+            scores, bend = _scores(hidden[part], weight, bias, ctx.cap)
+            slopes = scores.softmax(-1).mul_(-rows)
+            slopes.scatter_add_(-1, targets[part, None], rows)
+            slopes = (slopes if bend is None else slopes.mul_(bend)).to(weight.dtype)
+            torch.mm(slopes, weight, out=to_hidden[part])
+            if slopes.dtype == torch.float32:
+                to_weight.addmm_(slopes.T, hidden[part])
+            else:
+                to_weight += slopes.T @ hidden[part]
+            if to_bias is not None:
+                to_bias += slopes.sum(0)
+        return to_hidden, to_weight.to(weight.dtype), None if to_bias is None else to_bias.to(bias.dtype), None, None
+
+
+def _chunks(hidden: Tensor, weight: Tensor, elements: int | None = None) -> Iterator[slice]:
     """Rows that are scored at once."""
-    chunk = max(1, _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
+    chunk = max(1, (elements or _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)) // len(weight))
     return (slice(start, start + chunk) for start in range(0, len(hidden), chunk))
 
 

@@ -104,7 +104,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
     method = method_of(request, found, facts, places, folder.parent)
-    packing = verify(found)
+    packing = verify(found, whole=method.type == "Full")
     tokenizer = load_tokenizer(found.folder)
     cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
     summary = Summary.read(cache.folder)
@@ -112,7 +112,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         log.info("%s", note)
     lengths = Documents.open(cache.folder / TRAINING).lengths
     numbers = defaults.hyperparameters(
-        hyper, lengths=lengths, summary=summary, facts=facts, longest=longest, objective=objective
+        hyper, lengths=lengths, summary=summary, facts=facts, longest=longest, objective=objective, method=method.type
     )
     data = memory.statistics(lengths, summary.target_tokens)
     costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
@@ -147,7 +147,16 @@ def costs_of(
     if shape is None:
         return None
     device = memory.device_of(spec)
-    return memory.Costs.of(shape, method, hyper, parameters=facts.parameters, data=data, device=device, unit=unit)
+    return memory.Costs.of(
+        shape,
+        method,
+        hyper,
+        parameters=facts.parameters,
+        data=data,
+        device=device,
+        unit=unit,
+        ranks=memory.ranks_of(spec),
+    )
 
 
 def check_task(request: Request) -> None:
@@ -199,13 +208,13 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
     )
 
 
-def verify(found: models.Found) -> ResolvedPacking:
+def verify(found: models.Found, *, whole: bool) -> ResolvedPacking:
     """Which patches agree with the plain model; the verdict is kept beside the model."""
     from tuneward_trainer import verify as verifier
     from tuneward_trainer.model import ModelUnsupportedError
 
     try:
-        return verifier.verify(found.folder, make_directory(found.cache / "verify"))
+        return verifier.verify(found.folder, make_directory(found.cache / "verify"), whole=whole)
     except ModelUnsupportedError as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
 
@@ -334,8 +343,9 @@ def sentence(prepared: Prepared) -> str:
     }
     noun = "pairs" if prepared.objective.type == "DPO" else "samples"
     left = "".join(f"{count} {fate}; " for fate, count in fates.items() if count)
+    adapter = f"{method.type} of rank {method.rank}" if method.type != "Full" else "full fine-tuning"
     return (
         f"{data.samples} {noun}, {data.tokens} tokens ({data.target_tokens} learnt); {left}"
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
-        f"{method.type} of rank {method.rank} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
+        f"{adapter} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
     )

@@ -66,15 +66,15 @@ def prove(model: PeftModel, samples: Sequence[Sample]) -> Proof:
     """Log-probabilities of a few training texts under the base and the tuned model, by the plain forward pass."""
     base = model.get_base_model()
     dtype = str(base.dtype).removeprefix("torch.")
-    texts = []
-    for ids in _texts(samples):
+    found = []
+    for ids in texts(samples):
         with model.disable_adapter():
             before = logprobs(model, ids)
-        texts.append(ProofText(ids=ids, base=before, tuned=logprobs(model, ids)))
-    return Proof(texts=texts, dtype=dtype, tolerance=TOLERANCE.get(dtype, 0.25))
+        found.append(ProofText(ids=ids, base=before, tuned=logprobs(model, ids)))
+    return Proof(texts=found, dtype=dtype, tolerance=TOLERANCE.get(dtype, 0.25))
 
 
-def _texts(samples: Sequence[Sample]) -> list[list[int]]:
+def texts(samples: Sequence[Sample]) -> list[list[int]]:
     """The shortest samples with enough positions: there the learnt part is near and the context short."""
     candidates = sorted((sample for sample in samples if len(sample.ids) > 1), key=lambda sample: len(sample.ids))
     enough = [sample for sample in candidates if len(sample.ids) > POSITIONS] or candidates[-TEXTS:]

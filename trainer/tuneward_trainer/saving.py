@@ -12,7 +12,13 @@ DEFAULT_SECONDS: Final = 300
 
 
 def checkpoint_due(session: Session) -> bool:
-    """The leader alone decides and writes. The last step's and the one before a stop are always saved, but for a state
+    """The leader alone decides, and writes alone unless ranks hold one model together."""
+    due = _due(session)
+    return session.gang.broadcast(due) if session.gang.together else due
+
+
+def _due(session: Session) -> bool:
+    """The last step's and the one before a stop are always saved, but for a state
     that is suspected to have diverged: it would be what the next attempt goes on from."""
     if session.saver is None or session.watch.suspected:
         return False
@@ -28,7 +34,7 @@ def checkpoint_due(session: Session) -> bool:
 
 
 def save(session: Session, *, proved: bool = False) -> None:
-    """The leader alone. Copies the state; it is written at once only where it is `proved` to be good, or where no further
+    """Copies the state; it is written at once only where it is `proved` to be good, or where no further
     step will tell."""
     saver, engine, hyper = session.saver, session.engine, session.plan.prepared.hyperparameters
     if saver is None:

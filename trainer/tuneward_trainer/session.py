@@ -20,20 +20,22 @@ from transformers import PreTrainedModel
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
-from tuneward_api.files import Metrics, Plan, Result, SavedCheckpoint, Start
+from tuneward_api.files import Metrics, Plan, ProofText, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
-from tuneward_trainer import checkpoint, endings, memory, mfu, parent, proof, rundir
+from tuneward_trainer import checkpoint, endings, evaluate, memory, mfu, parent, proof, rundir, whole
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
-from tuneward_trainer.distributed import Gang
+from tuneward_trainer.distributed import Crew, Gang
 from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import Loss, cross_entropy
 from tuneward_trainer.metrics import MetricsLog
-from tuneward_trainer.model import add_adapters, load_base
+from tuneward_trainer.model import add_adapters, load_base, load_whole, plain
+from tuneward_trainer.patches import PACKED_ATTENTION
 from tuneward_trainer.profile import Profile
 from tuneward_trainer.progress import Reporter
 from tuneward_trainer.schedule import Schedule, documents_a_unit
+from tuneward_trainer.sharded import ShardedEngine, shard
 
 DEFAULT_KEEP: Final = 2
 
@@ -62,7 +64,7 @@ class Session:
     run: Path
     gang: Gang
     stop: Stop
-    engine: Engine
+    engine: Engine | ShardedEngine
     training: Documents
     validation: Documents | None
     schedule: Schedule
@@ -72,7 +74,7 @@ class Session:
     found: checkpoint.Checkpoint | None
     """To go on from, once the model that the job starts from is measured."""
     saver: checkpoint.Saver | None
-    """The leader's alone."""
+    """The leader's alone, but where ranks hold one model together."""
     log: MetricsLog | None
     """The leader's alone."""
     utilization: mfu.Utilization | None
@@ -96,7 +98,9 @@ class Session:
     train_loss: float | None = None
     stopped: bool = False
     unproved: checkpoint.Snapshot | None = None
-    """The leader's alone: taken, and not written before the next step's loss."""
+    """Taken, and not written before the next step's loss."""
+    base_answers: list[ProofText] = field(default_factory=list)
+    """Of a model that is trained whole: what it said at first."""
     saved_step: int = 0
     saved_at: float = 0.0
     fenced_at: float = 0.0
@@ -114,6 +118,20 @@ class Session:
         """Longest document of any row; constant, so that kernels compiled for it are compiled once."""
         return self.plan.prepared.hyperparameters.sequence_length
 
+    @property
+    def apart(self) -> bool:
+        """Whether a micro-batch is one document: a pass through a model that ranks hold together is one of all ranks, and
+        documents that do not share rows take a pass each."""
+        return self.gang.together and PACKED_ATTENTION not in self.plan.prepared.packing.patches
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The documents of each micro-batch of step `step` (from 0); each rank has as many as the others where it must."""
+        groups = self.schedule.micro_batches(step)
+        if not self.gang.together:
+            return groups
+        groups = [[index] for group in groups for index in group] if self.apart else groups
+        return [*groups, *([] for _ in range(-len(groups) % self.gang.world))]
+
 
 def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     """Loads everything, takes the attempt's number, finds the newest checkpoint. The engine has the state of step 0."""
@@ -123,27 +141,22 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     reporter.update(phase="Loading", steps=prepared.hyperparameters.steps)
     training = Documents.open(data_dir / TRAINING)
     validation = Documents.open(data_dir / VALIDATION) if (data_dir / VALIDATION).is_dir() else None
-    base = load_base(model_dir, gang.device)
-    seed = prepared.hyperparameters.seed
-    model = add_adapters(base, prepared.method, seed=seed, base_uri=prepared.base.uri)
-    if plan.request.parent is not None:
-        parent.load(model, plan.request.parent, run)
-    engine = Engine(
-        model, weight_decay=prepared.hyperparameters.weight_decay, max_grad_norm=prepared.hyperparameters.max_grad_norm
-    )
+    gang = replace(gang, together=prepared.method.type == "Full")
+    engine = whole_engine(plan, model_dir, gang, training) if gang.together else adapted_engine(plan, model_dir, run, gang)
     choice = rows_of(plan, model_dir, gang)
-    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang.device, choice)
+    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang, choice)
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
     asked, evaluation = plan.request.spec.checkpoint, plan.request.spec.evaluation
     notes = found.notes if found is not None else {}
     saver = None
-    if gang.leads:
+    if gang.leads or gang.together:
         saver = checkpoint.Saver(
             run,
             attempt=attempt,
             keep=(asked.keep if asked is not None else None) or DEFAULT_KEEP,
             facts={"identity": wanted, "circumstances": here, "notes": notes},
+            crew=Crew.of(gang) if gang.together else None,
         )
         saver.last = saved
         saver.pinned = int(notes["best_step"]) if "best_step" in notes else None
@@ -169,18 +182,44 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         log=MetricsLog(run, attempt, step) if gang.leads else None,
         utilization=utilization_of(plan, model_dir, training, gang),
         profile=Profile.asked(run, attempt) if gang.leads else None,
-        watch=LossWatch(uniform_loss(base, prepared.objective.type), **(found.watch if found is not None else {})),
+        watch=LossWatch(
+            uniform_loss(plain(engine.model), prepared.objective.type), **(found.watch if found is not None else {})
+        ),
         saved_step=step,
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
         before=measured_before(notes),
         score_before=notes.get("task_score_before"),
+        base_answers=whole.answers(engine.model, samples(training)) if gang.together else [],
+    )
+
+
+def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang) -> Engine:
+    """The base model, frozen, with adapters: those of the job's start."""
+    prepared = plan.prepared
+    base = load_base(model_dir, gang.device)
+    model = add_adapters(base, prepared.method, seed=prepared.hyperparameters.seed, base_uri=prepared.base.uri)
+    if plan.request.parent is not None:
+        parent.load(model, plan.request.parent, run)
+    hyper = prepared.hyperparameters
+    return Engine(model, weight_decay=hyper.weight_decay, max_grad_norm=hyper.max_grad_norm)
+
+
+def whole_engine(plan: Plan, model_dir: Path, gang: Gang, training: Documents) -> ShardedEngine:
+    """The base model, all of its text part to be trained, split over the gang."""
+    hyper = plan.prepared.hyperparameters
+    return ShardedEngine(
+        shard(load_whole(model_dir, gang.device), gang),
+        gang,
+        weight_decay=hyper.weight_decay,
+        max_grad_norm=hyper.max_grad_norm,
+        idle=evaluate.filler(training),
     )
 
 
 def rows_of(plan: Plan, model_dir: Path, gang: Gang) -> memory.Choice:
     """What goes through the model at once, the same on every rank."""
     room = gang.smallest(device_memory(gang.device))
-    choice = memory.rows(plan.prepared, model_dir, room)
+    choice = memory.rows(plan.prepared, model_dir, room, gang.world)
     if gang.leads and room is not None:
         twice = ", each layer computed twice," if choice.recompute else ""
         logger.info("%d row(s) at once%s in %.0f GiB", choice.bins, twice, room / GIB)
@@ -195,7 +234,7 @@ def device_memory(device: torch.device) -> int | None:
 def utilization_of(plan: Plan, model_dir: Path, training: Documents, gang: Gang) -> mfu.Utilization | None:
     if gang.device.type != "cuda":
         return None
-    costs, targets = memory.costs_of(plan.prepared, model_dir, "cuda"), plan.prepared.data.summary.target_tokens
+    costs, targets = memory.costs_of(plan.prepared, model_dir, "cuda", gang.world), plan.prepared.data.summary.target_tokens
     if costs is not None:
         # Attention is paid by the lengths of the documents, which are at hand here.
         costs = replace(costs, data=memory.statistics(training.lengths, targets))
@@ -254,16 +293,14 @@ def enter(plan: Plan, run: Path, gang: Gang, found: checkpoint.Checkpoint | None
 
 
 def conclude(session: Session, *, seconds: float) -> Result | None:
-    """The leader's result of a training that did not fail: Succeeded with an adapter, or Stopped with a checkpoint."""
+    """The leader's result of a training that did not fail: Succeeded with what was made, or Stopped with a checkpoint."""
     if session.saver is None:
         return None
     session.reporter.update(phase="Saving")
-    adapter: dict[str, Any] = {}
-    if not session.stopped:
-        folder = f"adapter/a{session.attempt}"
-        digest = proof.export(session.engine.model, session.run / folder, samples(session.training))
-        adapter = {"adapter_directory": folder, "adapter_digest": digest}
+    made = export(session) if not session.stopped else {}
     error = session.saver.wait()
+    if not session.gang.leads:
+        return None
     if session.stopped and error is not None:
         raise endings.TryAgainError(f"stopped on request, but the checkpoint could not be saved: {error}")
     step, steps = session.engine.step, session.plan.prepared.hyperparameters.steps
@@ -291,9 +328,26 @@ def conclude(session: Session, *, seconds: float) -> Result | None:
             from_step=session.from_step,
             resume=session.resume,
             node=os.environ.get(names.ENV_NODE_NAME, ""),
-            **adapter,
+            **made,
         ),
     )
+
+
+def export(session: Session) -> dict[str, Any]:
+    """Writes the adapter or the model; the result's words about it."""
+    engine = session.engine
+    if isinstance(engine, Engine):
+        folder = f"adapter/a{session.attempt}"
+        digest = proof.export(engine.model, session.run / folder, samples(session.training))
+        return {"adapter_directory": folder, "adapter_digest": digest}
+    after = whole.answers(engine.model, samples(session.training))
+    state = engine.whole(whole.dtype_of(engine.model))
+    if not session.gang.leads:
+        return {}
+    folder = f"model/a{session.attempt}"
+    source = rundir.directory(names.ENV_MODEL_DIR)
+    digest = whole.export(engine.model, state, session.run / folder, source, before=session.base_answers, after=after)
+    return {"adapter_directory": folder, "adapter_digest": digest}
 
 
 def samples(training: Documents) -> list[Any]:

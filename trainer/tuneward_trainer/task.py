@@ -71,8 +71,14 @@ def answers(
     stopping: Callable[[], bool],
 ) -> list[Answer]:
     """On every rank the answers of all. Raises StoppedError where `stopping()` became true on any rank."""
-    asked, ask = chosen(documents, task, unit), _Asked(model, tokenizer, task, gang.device, stopping)
+    asked, ask = chosen(documents, task, unit), _Asked(model, tokenizer, task, gang, stopping)
     found: list[Answer] = []
+    if gang.together:
+        # A token is a pass of all ranks, so all write the same answer.
+        for index in asked:
+            found.append(ask(documents[index]))
+            heed(gang, stopping)
+        return found
     for start in range(0, len(asked), gang.world):
         mine = asked[start + gang.rank : start + gang.rank + 1]
         made = [ask(documents[index]) for index in mine]
@@ -84,13 +90,12 @@ def answers(
 class _Asked:
     """The model with its tokenizer, and how its answers are graded."""
 
-    def __init__(
-        self, model: Any, tokenizer: Tokenizer, task: Task, device: torch.device, stopping: Callable[[], bool]
-    ) -> None:
-        self._model, self._tokenizer, self._task, self._device = model, tokenizer, task, device
+    def __init__(self, model: Any, tokenizer: Tokenizer, task: Task, gang: Gang, stopping: Callable[[], bool]) -> None:
+        self._model, self._tokenizer, self._task, self._device = model, tokenizer, task, gang.device
         self._schema = json.loads(task.json_schema) if task.json_schema is not None else None
         self._ends = stop_tokens(model, tokenizer)
-        self._criteria = StoppingCriteriaList([_Stop(stopping)])
+        # Ranks that write one answer together end it together, and learn of a stop between two.
+        self._criteria = StoppingCriteriaList([_Stop(stopping)] if not gang.together else [])
 
     def __call__(self, document: Document) -> Answer:
         start = answer_start(document)

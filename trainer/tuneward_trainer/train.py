@@ -73,7 +73,7 @@ def train(session: Session) -> None:
 def one_step(session: Session, forward: Forward) -> dict[str, Any]:
     """One optimizer step. Raises DivergedError or FencedError on all ranks at once."""
     engine, gang, loss, step = session.engine, session.gang, session.loss, session.engine.step
-    groups = session.schedule.micro_batches(step)
+    groups = session.micro_batches(step)
     total = loss.total(session.training[index] for group in groups for index in group) or 1.0
     tree = TreeSum(len(groups))
     outputs = []

@@ -47,6 +47,7 @@ class Wanted:
     limits: Limits
     hyper: Hyperparameters
     objective: ResolvedObjective
+    method: str = "LoRA"
 
     def files(self) -> list[tuple[str, Path]]:
         return [file for source in (*self.training, *self.validation) for file in source.files()]
@@ -153,6 +154,7 @@ def _of_request(file: Path) -> Wanted:
         limits=defaults.limits(spec, defaults.longest_sample(hyper, facts)),
         hyper=hyper,
         objective=defaults.objective(spec),
+        method=method.type or "LoRA",
     )
 
 
@@ -167,6 +169,7 @@ def _numbers(wanted: Wanted, found: Gathered, training: Documents) -> ResolvedHy
         facts=wanted.facts,
         longest=wanted.limits.longest,
         objective=wanted.objective,
+        method=wanted.method,
     )
 
 

@@ -88,13 +88,14 @@ def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: 
     if session.saver is not None:
         session.saver.discard(state)
         session.reporter.update(checkpoint=session.saver.last)
+    if session.gang.leads:
         rundir.leave(session.run, session.attempt, "diverged.json", divergence.record(what, session.watch, samples))
     prepared = session.plan.prepared
     remedy = divergence.damaged_weights(session.engine.model)
     if remedy is None and not state:
         remedy = f"{look}name another spec.model.uri: the base model itself gives it, nothing was learnt yet"
     if remedy is None:
-        usual = defaults.learning_rate(prepared.base.parameters, prepared.objective.type)
+        usual = defaults.learning_rate(prepared.base.parameters, prepared.objective.type, prepared.method.type)
         remedy = look + divergence.advice(prepared.hyperparameters.learning_rate, usual)
     named = f"; samples of step {learnt + 1}: {divergence.listing(samples)}" if learnt is not None else ""
     return endings.DivergedError(f"{what}; {remedy}{named}")

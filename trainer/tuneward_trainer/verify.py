@@ -37,6 +37,7 @@ from tuneward_trainer.model import (
     model_class,
     read_config,
     target_linears,
+    text_parameters,
 )
 from tuneward_trainer.model import trainable as trainable_of
 
@@ -98,19 +99,20 @@ class _Sample:
     weights: NDArray[np.float16]
 
 
-def verify(model_dir: Path, cache_dir: Path | None = None) -> ResolvedPacking:
+def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = False) -> ResolvedPacking:
     """The patches that this model's class and config bear, and so whether documents may share a row. Takes seconds.
+    `whole`: all weights are trained, not adapters.
 
     The verdict is kept in `cache_dir` (default `<model_dir>/verify`, if that can be written), under a digest of all that
     it depends on. Raises ModelUnsupportedError for a model that cannot be trained at all.
     """
     config = read_config(model_dir)
     folder = cache_dir if cache_dir is not None else model_dir / "verify"
-    file = folder / f"{_digest(config)}.json"
+    file = folder / f"{_digest(config, whole=whole)}.json"
     try:
         return ResolvedPacking.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
-        verdict = _examine(model_class(config), AutoConfig.from_pretrained(model_dir, local_files_only=True))
+        verdict = _examine(model_class(config), AutoConfig.from_pretrained(model_dir, local_files_only=True), whole=whole)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(file, json.dumps(verdict.to_json()).encode())
@@ -119,20 +121,20 @@ def verify(model_dir: Path, cache_dir: Path | None = None) -> ResolvedPacking:
     return verdict
 
 
-def _digest(config: dict[str, Any]) -> str:
+def _digest(config: dict[str, Any], *, whole: bool) -> str:
     """Of all that a verdict depends on."""
-    parts = [json.dumps(config, sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
+    parts = [str(whole), json.dumps(config, sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
     parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches)]
     parts += [Path(__file__).read_text()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ResolvedPacking:
+def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig, *, whole: bool = False) -> ResolvedPacking:
     """Patch by patch, each on top of those that agreed before."""
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = twin(kind, config)
+            model = whole_twin(kind, config) if whole else twin(kind, config)
             reference = gradients(model, ())
     except ModelUnsupportedError:
         raise
@@ -140,7 +142,7 @@ def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ResolvedP
         return ResolvedPacking(mode="OneDocument", reason=f"no small twin of the model could be made: {_short(error)}")
     agreed: list[str] = []
     why: dict[str, str] = {}
-    for name in patches.ALL:
+    for name in patches.OF_WHOLE_MODELS if whole else patches.ALL:
         complaint = disagreement(model, (*agreed, name), reference)
         if complaint is None:
             agreed.append(name)
@@ -155,7 +157,7 @@ def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig) -> ResolvedP
     )
 
 
-def disagreement(model: PeftModel, names: Collection[str], reference: dict[str, Tensor]) -> str | None:
+def disagreement(model: PreTrainedModel | PeftModel, names: Collection[str], reference: dict[str, Tensor]) -> str | None:
     """None, or in what way the gradients under these patches differ from the plain model's."""
     try:
         worst, where = worst_error(gradients(model, names), reference)
@@ -175,7 +177,7 @@ def worst_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple
     return errors[where], where
 
 
-def gradients(model: PeftModel, names: Collection[str]) -> dict[str, Tensor]:
+def gradients(model: PreTrainedModel | PeftModel, names: Collection[str]) -> dict[str, Tensor]:
     """Of the loss of three documents, by parameter; with no patches each is computed plainly and whole."""
     parameters = trainable_of(model)
     model.zero_grad(set_to_none=True)
@@ -193,7 +195,7 @@ def gradients(model: PeftModel, names: Collection[str]) -> dict[str, Tensor]:
     }
 
 
-def _plain_loss(model: PeftModel, sample: _Sample) -> Tensor:
+def _plain_loss(model: PreTrainedModel | PeftModel, sample: _Sample) -> Tensor:
     """Uncut, unpatched, without our own batch: as independent of what is checked as it can be."""
     ids = torch.from_numpy(sample.ids.astype(np.int64))
     logprobs: Tensor = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float().log_softmax(-1)
@@ -216,12 +218,7 @@ def _documents() -> list[_Sample]:
 
 def twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PeftModel:
     """A small random model of the same class, in float32, with adapters that are not zero."""
-    small = shrink(config)
-    # As loading does it: the attribute belongs to no class.
-    build = partial(kind._from_config, small, attn_implementation=attention_of(kind), dtype=torch.float32)
-    base: PreTrainedModel = build()
-    base.requires_grad_(False)
-    base.eval()
+    base = _small_model(kind, config)
     targets = target_linears(base)
     method = ResolvedMethod(
         type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=targets, trainable_parameters=0
@@ -231,6 +228,23 @@ def twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PeftModel:
         for parameter in trainable_of(model).values():
             parameter.normal_(std=0.05)
     return model
+
+
+def whole_twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """The same without adapters: its text part is trained."""
+    base = _small_model(kind, config)
+    for parameter in text_parameters(base).values():
+        parameter.requires_grad_(True)
+    return base
+
+
+def _small_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    # As loading does it: the attribute belongs to no class.
+    build = partial(kind._from_config, shrink(config), attn_implementation=attention_of(kind), dtype=torch.float32)
+    base: PreTrainedModel = build()
+    base.requires_grad_(False)
+    base.eval()
+    return base
 
 
 def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
