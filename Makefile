@@ -14,6 +14,8 @@ LOADED := tuneward_trainer.verify, tuneward_trainer.session, tuneward_serving.en
 # Real clusters on a busy machine: what failed is run once more, alone, and is named; twice is a failure.
 AGAIN = { echo "make: the tests above failed; once more, one at a time"; $(BIN)/pytest -q --timeout=1800 --last-failed --last-failed-no-failures none -m "not slow and not gpu"; }
 export PYTHONUNBUFFERED := 1
+# Where it is set, each process compiles all of torch and transformers anew: twice the time to start.
+unexport PYTHONDONTWRITEBYTECODE
 # A test or a job must not wait for a hub that it does not use.
 export HF_HUB_DISABLE_TELEMETRY := 1
 

@@ -30,23 +30,16 @@ def test_an_estimate_says_what_the_training_will_take_and_leaves_no_job(station:
     assert found["hyperparameters"]["steps"] == 12
     assert found["seconds"] == pytest.approx(found["flops"] / found["flopsPerSecond"])
     assert "measured on this CPU" in found["rateSource"]
-    # The training then takes just that.
-    assert station.train().returncode == 0
-    plan = json.loads((station.run / "plan.json").read_text())["prepared"]
-    assert plan["estimate"]["memoryBytes"] == memory["resident"]
-    assert plan["estimate"]["flops"] == pytest.approx(found["flops"])
-    assert (plan["hyperparameters"], plan["data"]["summary"]) == (found["hyperparameters"], found["data"])
 
 
 def test_a_gpu_can_be_asked_about_where_there_is_none(station: Station) -> None:
     station.write()
-    done = station.tuneward("estimate", "job.yaml", "--store", str(station.store), "--gpu-memory", "80")
+    done = station.tuneward("estimate", "job.yaml", "--store", str(station.store), "--gpu-memory", "0.5")
     assert done.returncode == 0, done.stderr
-    assert ", where the GPU has 80.0 GiB; " in done.stdout
+    assert ", where the GPU has 0.50 GiB; " in done.stdout
+    assert "that is more than there is: lower spec.hyperparameters.sequenceLength from " in done.stdout
     assert "  time    unknown for this device: " in done.stdout
     assert f"next: tuneward train job.yaml --store {station.store}" in done.stdout
-    small = station.tuneward("estimate", "job.yaml", "--store", str(station.store), "--gpu-memory", "0.5")
-    assert "that is more than there is: lower spec.hyperparameters.sequenceLength from " in small.stdout
 
 
 @pytest.fixture
@@ -92,6 +85,13 @@ def test_init_writes_a_job_that_trains(station: Station, data: Path, tmp_path: P
     assert again.returncode == 2
     assert "job.yaml is there already, and is not overwritten" in again.stderr
     claims = [word for claim, folder in told["claims"].items() for word in ("--claim", f"{claim}={folder}")]
+    estimate = station.tuneward("estimate", "job.yaml", "--store", str(station.store), *claims, "--output", "json")
+    found = json.loads(estimate.stdout)
     trained = station.tuneward("train", "job.yaml", "--store", str(station.store), *claims)
     assert trained.returncode == 0, trained.stderr
     assert "support-chats: Succeeded" in trained.stdout
+    # It took just what was estimated.
+    plan = json.loads((station.store / "jobs/support-chats/plan.json").read_text())["prepared"]
+    assert plan["estimate"]["memoryBytes"] == found["memory"]["resident"]
+    assert plan["estimate"]["flops"] == pytest.approx(found["flops"])
+    assert (plan["hyperparameters"], plan["data"]["summary"]) == (found["hyperparameters"], found["data"])

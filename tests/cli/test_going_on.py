@@ -41,6 +41,7 @@ def trained(station: Station) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 def test_preferences_go_on_from_what_was_taught_before(station: Station) -> None:
     station.write(method={"rank": 4}, hyperparameters={"steps": 3, "learningRate": 1e-3})
     taught = trained(station)

@@ -41,6 +41,7 @@ def held_out(station: Station, job: str) -> list[dict[str, float]]:
     return [line for line in map(json.loads, file.read_text().splitlines()) if "validation_loss" in line]
 
 
+@pytest.mark.slow
 def test_the_example_learns_to_prefer_and_ends_in_an_adapter(workshop: Station) -> None:
     """Pairs that it has not seen are told apart better than by the model it started from."""
     report = trained(workshop, EXAMPLE)

@@ -35,6 +35,7 @@ def learn_by_heart(model: Path) -> None:
     (model / "MANIFEST.json").unlink()
 
 
+@pytest.mark.slow
 def test_an_exploding_loss_is_tried_again_and_then_told_with_a_rate(station: Station) -> None:
     learn_by_heart(station.model)
     station.write(hyperparameters={"learningRate": 1.0, "steps": 12, "batchTokens": 256}, checkpoint={"everySteps": 1})
@@ -51,6 +52,7 @@ def test_an_exploding_loss_is_tried_again_and_then_told_with_a_rate(station: Sta
     assert newest < int(failed[1]) - 1
 
 
+@pytest.mark.slow
 def test_a_damaged_base_model_is_named_with_its_weight(station: Station) -> None:
     station.write(hyperparameters={"steps": 4})
     weights = load_file(station.model / "model.safetensors")
@@ -77,23 +79,26 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(station: Station) -> None:
     assert "small: Suspended (is suspended): stopped on request; what was saved is in " in error
     assert f"next: tuneward train job.yaml --store {station.store}" in error
     (saved,) = station.run.glob("checkpoints/*/MANIFEST.json")
+    station.write(hyperparameters={"steps": 5, "batchTokens": 256}, datasets={**TRAINING, "validationFraction": 0.2})
+    assert "--restart" in station.train().stderr
+    # What was saved is the same command's to go on from.
+    station.write(hyperparameters={"steps": 4000, "batchTokens": 256})
     process = station.start("train", "job.yaml", "--store", str(station.store))
     second = station.run / "attempts/2/start.json"
     wait_for(second.exists, what="the second attempt", timeout=120)
     assert json.loads(second.read_text())["fromStep"] == int(saved.parent.name[5:13]) > 5
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
-    station.write(hyperparameters={"steps": 5, "batchTokens": 256})
-    assert "--restart" in station.train().stderr
-    assert station.train("--restart").returncode == 0
+
+
+def test_a_terminal_shows_the_curve_of_a_job_begun_anew(station: Station) -> None:
+    station.run.mkdir(parents=True)
+    (station.run / "request.json").write_text("of another version")
+    station.write(hyperparameters={"steps": 12, "batchTokens": 256}, datasets={**TRAINING, "validationFraction": 0.2})
+    code, shown = station.on_a_terminal("train", "job.yaml", "--store", str(station.store), "--restart")
+    assert code == 0, shown
     assert json.loads((station.run / "attempts/1/start.json").read_text())["fromStep"] == 0
     assert (station.run / "loss.svg").read_text().startswith("<svg ")
-
-
-def test_a_terminal_shows_the_curve_at_the_end(station: Station) -> None:
-    station.write(hyperparameters={"steps": 12, "batchTokens": 256}, datasets={**TRAINING, "validationFraction": 0.2})
-    code, shown = station.on_a_terminal("train", "job.yaml", "--store", str(station.store))
-    assert code == 0, shown
     assert "└────" in shown
     assert "step 0 " in shown
     assert "loss  · training   ● validation" in shown

@@ -136,6 +136,7 @@ def test_a_gang_outlives_the_cluster_and_a_lost_worker_costs_no_saved_step(demo:
     assert steps_of(demo, 2) == list(range(second["fromStep"] + 1, STEPS + 1))
 
 
+@pytest.mark.slow
 def test_a_workstation_that_was_interrupted_makes_the_same_bytes(command: Command, store: Path, killed: Killed) -> None:
     # One worker where the cluster has two: each with all processors, since a product's last bits depend on its threads.
     arguments = ("train", str(killed.file), "--store", str(store), "--workers", "1")
