@@ -7,6 +7,7 @@ the file is refused: a tokenizer that is nearly right trains a model that is nea
 from __future__ import annotations
 
 import fcntl
+import functools
 import importlib.util
 import json
 import os
@@ -53,11 +54,30 @@ def packaged_file(package: str = PACKAGE) -> Path:
 
 def convert(file: Path, folder: Path) -> str:
     """Writes config, bf16 weights, tokenizer and card below `folder`, MANIFEST.json last. Returns its digest."""
+    if not file.is_file():
+        raise GgufError(f"{file} is not there")
+    with _read_once():
+        return _convert(file, folder)
+
+
+@contextmanager
+def _read_once() -> Iterator[None]:
+    """transformers reads the whole file for the config, the tokenizer and the weights each; a reader makes an array of each
+    of the vocabulary's 50,000 words, which takes seconds."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
+
+
+def _convert(file: Path, folder: Path) -> str:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    if not file.is_file():
-        raise GgufError(f"{file} is not there")
     facts = _metadata(file)
     source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
