@@ -63,11 +63,11 @@ class Batch:
         return len(self.sources)
 
     def to(self, device: torch.device) -> Batch:
-        """Copies to `device`; from pinned memory, so that the copy waits for nothing."""
+        """Copies to `device`."""
         if device.type == "cpu":
             return self
         fields = ("ids", "positions", "cu", "rows", "targets", "weights")
-        return replace(self, **{name: getattr(self, name).pin_memory().to(device, non_blocking=True) for name in fields})
+        return replace(self, **{name: moved(getattr(self, name), device) for name in fields})
 
     def scaled(self, factor: float) -> Batch:
         """The same with all weights multiplied by `factor`."""
@@ -77,6 +77,11 @@ class Batch:
         """Index in the data of the document that row `row` of R belongs to."""
         document = next(d for d in range(self.documents) if row < self.row_bounds[d + 1])
         return self.sources[document]
+
+
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's tensor on `device`; from pinned memory, so that the host does not wait for what the GPU has to do before."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def collate(samples: Iterable[tuple[int, Sample]], *, longest: int | None = None) -> Batch:

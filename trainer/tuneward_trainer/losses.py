@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from tuneward_trainer.batch import Batch, Sample, total_weight
+from tuneward_trainer.batch import Batch, Sample, moved, total_weight
 
 
 class Loss(Protocol):
@@ -70,9 +70,9 @@ class Preference:
     def __call__(self, logprobs: Tensor, batch: Batch) -> Tensor:
         if not batch.documents:
             return logprobs.new_zeros(len(self.figures))
-        gained = sums(logprobs, batch) - self.reference[list(batch.sources)].to(logprobs.device)
+        gained = sums(logprobs, batch) - moved(self.reference[list(batch.sources)], logprobs.device)
         margins = self.beta * (gained[0::2] - gained[1::2])
-        weights = batch.weights[list(batch.row_bounds[:-1:2])]
+        weights = batch.weights[moved(torch.tensor(batch.row_bounds[:-1:2]), batch.weights.device)]
         with torch.no_grad():
             seen = torch.stack([margins, (margins > 0).double()])
         values = torch.stack([-logsigmoid(margins), *seen])

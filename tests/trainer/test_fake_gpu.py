@@ -1,0 +1,123 @@
+"""What a GPU would run, on tensors that have a device, a type and a shape and no numbers.
+
+A fake tensor cannot give a number to the host, so whatever would make the host wait for the GPU raises here; so do types and
+shapes that do not fit, and a device that was forgotten. Kernels do not run: `make test-gpu` is for those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.trainer.jobs import TARGETS, tiny_config
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.nn.attention import varlen
+from transformers import LlamaForCausalLM
+
+from tuneward_api.resolved import ResolvedMethod
+from tuneward_trainer import patches
+from tuneward_trainer.batch import Batch
+from tuneward_trainer.engine import Engine
+from tuneward_trainer.losses import CrossEntropy, Loss, Preference
+from tuneward_trainer.model import add_adapters
+
+METHOD = ResolvedMethod(
+    type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=TARGETS, trainable_parameters=0
+)
+# The reference is on the host, as it is in a training.
+LOSSES = [CrossEntropy(), Preference(0.1, torch.zeros(2, dtype=torch.float64))]
+
+
+@pytest.fixture
+def model() -> PeftModel:
+    """A bf16 base with fp32 adapters, as on a GPU."""
+    base = LlamaForCausalLM._from_config(tiny_config(), dtype=torch.bfloat16, attn_implementation="sdpa")
+    base.requires_grad_(False).eval()
+    return add_adapters(base, METHOD, seed=1, base_uri="tiny")
+
+
+@pytest.fixture
+def a100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The attention kernel asks the driver which card it is on; this one takes the flash kernel."""
+    asked = (varlen._cudnn_version_and_major_capability, varlen._should_use_cudnn)
+    for answer in asked:
+        answer.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    # No fake tensor can be pinned.
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    yield
+    for answer in asked:
+        answer.cache_clear()
+
+
+def emptied(model: PeftModel, device: str) -> PeftModel:
+    """Within a FakeTensorMode: the same with fake tensors on `device`."""
+    moved: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, one in list(module._parameters.items()):
+            if one is not None:
+                empty = torch.empty(one.shape, dtype=one.dtype, device=device)
+                module._parameters[name] = moved.setdefault(one, nn.Parameter(empty, requires_grad=one.requires_grad))
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+    return model
+
+
+def batch_on(device: str) -> Batch:
+    """A pair of documents of 20 and 12 tokens, 6 and 4 of which are learnt."""
+
+    def whole(count: int) -> torch.Tensor:
+        return torch.zeros(count, dtype=torch.int64, device=device)
+
+    return Batch(
+        ids=whole(32),
+        positions=whole(32),
+        bounds=(0, 20, 32),
+        cu=torch.zeros(3, dtype=torch.int32, device=device),
+        longest=48,
+        rows=whole(10),
+        row_bounds=(0, 6, 10),
+        targets=whole(10),
+        weights=torch.ones(10, device=device),
+        sources=(0, 1),
+    )
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_a_forward_pass_on_a_gpu_waits_for_nothing(model: PeftModel, a100: None, loss: Loss) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = batch_on("cuda")
+        with patches.applied(emptied(model, "cuda")) as forward, torch.no_grad():
+            logprobs = forward(batch)
+            figures = loss(logprobs, batch)
+    assert (logprobs.shape, logprobs.dtype, logprobs.device.type) == ((10,), torch.float32, "cuda")
+    assert (figures.shape, figures.dtype, figures.device.type) == ((len(loss.figures),), torch.float32, "cuda")
+
+
+def test_an_optimizer_step_on_a_gpu_waits_for_nothing_and_is_fused(model: PeftModel) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        engine = Engine(emptied(model, "cuda"), weight_decay=0.1, max_grad_norm=1.0)
+        norm = engine.optim_step(1e-3, engine.gradient.clone())
+    assert engine._optimizer.defaults["fused"] is True
+    assert (norm.shape, norm.device.type) == ((), "cuda")
+    assert engine._flat.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)
+def test_a_backward_pass_in_bf16_waits_for_nothing(model: PeftModel, loss: Loss) -> None:
+    """Autograd needs a driver for a GPU's tensors, so these are a CPU's, where attention alone asks for lengths."""
+    names = [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        engine = Engine(emptied(model, "cpu"), weight_decay=0.1, max_grad_norm=1.0)
+        with patches.applied(engine.model, names) as forward:
+            output = engine.forward_backward(forward, batch_on("cpu"), loss)
+    assert (output.figures.dtype, engine.gradient.dtype) == (torch.float32, torch.float32)
+
+
+def test_a_wait_would_be_seen(model: PeftModel) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):
+        batch_on("cuda").cu.diff().tolist()
