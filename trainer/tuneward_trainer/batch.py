@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -67,7 +67,8 @@ class Batch:
         if device.type == "cpu":
             return self
         fields = ("ids", "positions", "cu", "rows", "targets", "weights")
-        return replace(self, **{name: moved(getattr(self, name), device) for name in fields})
+        copies: dict[str, Any] = {name: moved(getattr(self, name), device) for name in fields}
+        return replace(self, **copies)
 
     def scaled(self, factor: float) -> Batch:
         """The same with all weights multiplied by `factor`."""
