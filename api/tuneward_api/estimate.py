@@ -27,6 +27,9 @@ CONTEXT: Final = GIB * 5 // 4
 """What CUDA, NCCL and cuBLAS take of a GPU before anything is trained."""
 CUDA_FACTOR: Final = 1.08
 """For what PyTorch's CUDA allocator cannot use between its blocks."""
+NF4: Final = 0.5 + (1 + 4 / 256) / 64
+"""Bytes of a weight that is packed: 4 bits, and for each 64 of them a scale of 8 bits, of which 256 have a float32 one."""
+NF4_BLOCK: Final = 64
 LOGITS: Final[dict[Device, int]] = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits that the loss head holds at once."""
 TRAINED_LOGITS: Final = 1 << 25
@@ -155,6 +158,12 @@ class Shape:
         wanted = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
         return {name: sizes for name, sizes in self.linears.items() if wanted is None or name in wanted}
 
+    @property
+    def packable(self) -> int:
+        """Weights that NF4 can pack: of the Linears that LoRA can be put on, if blocks fill their rows."""
+        sizes = self.linears.values()
+        return self.layers * sum(inputs * outputs for inputs, outputs in sizes if inputs % NF4_BLOCK == 0)
+
     def lora(self, rank: int, targets: Set[str] | None = None, *, dora: bool = False) -> int:
         """Parameters of LoRA on the Linears of every layer."""
         return self.layers * sum(
@@ -231,6 +240,8 @@ class Setup:
     """Last parts of the names of the adapted Linears; None: all of the decoder."""
     dora: bool = False
     dropout: bool = False
+    nf4: bool = False
+    """The decoder's Linears are packed, and each is unpacked where it is multiplied."""
     device: Device = "cpu"
     micro_batches: int = 1
     """Of an optimizer step: their gradients are leaves of a tree, whose partial sums are held."""
@@ -313,13 +324,19 @@ def _adapted(shape: Shape, data: Data, setup: Setup) -> Memory:
     # bf16 logits, the same in fp32, and their gradient in bf16.
     logit = 4 if setup.device == "cpu" else 8
     return Memory(
-        weights=(setup.parameters or shape.parameters) * setup.size,
+        weights=_weights(shape, setup),
         state=4 * trained * (1 + 1 + partial_sums + 2 + 3),
         activations=round(setup.tokens * saved_per_token(shape, data, setup)),
         work=_work(shape, data, setup),
         head=scored * shape.vocabulary * logit * (3 if shape.squashed else 1),
         device=setup.device,
     )
+
+
+def _weights(shape: Shape, setup: Setup) -> int:
+    parameters = setup.parameters or shape.parameters
+    packed = min(shape.packable, parameters) if setup.nf4 else 0
+    return round((parameters - packed) * setup.size + packed * NF4)
 
 
 def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
@@ -427,7 +444,8 @@ def _work(shape: Shape, data: Data, setup: Setup) -> int:
     attention = size * (3 * shape.query + 4 * shape.key + 2 * hidden - free) - _saved_by_mlp(shape, setup)
     # Scores of one document at a time.
     scores = 2 * size * shape.heads * data.length * min(data.length, tokens) if shape.squashed else 0
-    return max(0, round(tokens * mlp), round(tokens * attention + scores))
+    unpacked = size * max(inputs * outputs for inputs, outputs in shape.linears.values()) if setup.nf4 else 0
+    return unpacked + max(0, round(tokens * mlp), round(tokens * attention + scores))
 
 
 def _mlp_rows(shape: Shape, setup: Setup) -> float:

@@ -54,7 +54,8 @@ _FULL_CEL = "!has(self.method) || !has(self.method.type) || self.method.type != 
 FULL_RULES = (
     Rule(
         cel=f"{_FULL_CEL} || !has(self.objective) || !has(self.objective.type) || self.objective.type != 'DPO'",
-        message="method.type Full learns from samples or texts; with objective.type DPO set method.type to LoRA or DoRA",
+        message="method.type Full learns from samples or texts; with objective.type DPO set method.type to LoRA, QLoRA or "
+        "DoRA",
         check=lambda s: not _trains_all(s) or kind_of(s) != "DPO",
     ),
     Rule(
@@ -76,9 +77,10 @@ FULL_RULES = (
 class Method(Model):
     """How the model is adapted."""
 
-    type: Literal["LoRA", "DoRA", "Full"] | None = Field(
+    type: Literal["LoRA", "QLoRA", "DoRA", "Full"] | None = Field(
         None,
-        description="LoRA (default) learns a low-rank update of each layer; DoRA learns the length of each output's weights "
+        description="LoRA (default) learns a low-rank update of each layer; QLoRA the same on frozen weights of 4 bits "
+        "(NF4), which need a quarter of the memory and more time; DoRA learns the length of each output's weights "
         "too, and takes longer (vLLM cannot serve it, the embedded engine can). Full trains all weights of the text part "
         "but routers, split over all ranks, and makes a base model of its own.",
     )

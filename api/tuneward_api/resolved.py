@@ -54,7 +54,9 @@ class ResolvedPacking(Model):
 class ResolvedMethod(Model):
     """The method with every default chosen."""
 
-    type: Literal["LoRA", "DoRA", "Full"] = Field(description="Kind of adapter, or Full: all weights, and no adapter.")
+    type: Literal["LoRA", "QLoRA", "DoRA", "Full"] = Field(
+        description="Kind of adapter (QLoRA: a LoRA on packed weights), or Full: all weights, and no adapter."
+    )
     rank: Int | None = Field(None, description="Rank.")
     alpha: float | None = Field(None, description="Scale.")
     dropout: float | None = Field(None, description="Dropout.")

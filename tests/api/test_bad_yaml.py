@@ -189,6 +189,7 @@ CASES = [
     Bad("rsLoRA text", "spec.method.rsLoRA", "yes", "spec.method.rsLoRA", "true or false"),
     Bad("no targets", "spec.method.targetModules", [], "spec.method.targetModules", "at least 1"),
     Bad("target pattern", "spec.method.targetModules", ["q*"], "spec.method.targetModules", "name of a Linear"),
+    Bad("QLoRA in other letters", "spec.method.type", "Qlora", "spec.method.type", "'LoRA', 'QLoRA', 'DoRA'"),
     Bad("method like Full", "spec.method.type", "FullFT", "spec.method.type", "'Full'"),
     Bad("shape of Full", "spec.method.type", "Full", "spec.method", "rank, alpha, dropout, rsLoRA and targetModules"),
     Bad("rank of Full", "spec.method", {"type": "Full", "rank": 8}, "spec.method", "leave them out"),
@@ -198,7 +199,7 @@ CASES = [
         "spec",
         {"model": {"uri": "pvc://a/b"}, "objective": {"type": "DPO"}, "datasets": PREFERENCE, "method": {"type": "Full"}},
         "spec",
-        "set method.type to LoRA or DoRA",
+        "set method.type to LoRA, QLoRA or DoRA",
     ),
     Bad(
         "Full of an adapter",

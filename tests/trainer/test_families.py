@@ -10,9 +10,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from tests.trainer.families import ONE_DOCUMENT, PACKED, examine, served_class
 from tests.trainer.jobs import make_model, tiny_config
+from tests.trainer.quantised import to_fp8, to_mxfp4
 
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_trainer import patches, verify
@@ -101,46 +101,34 @@ def test_the_base_is_frozen_and_in_float32_on_a_cpu(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def quantise(folder: Path, *, block: int | None) -> dict[str, torch.Tensor]:
-    """Packs the Linears of a model into fp8, as Ministral 3 (one scale a tensor) and DeepSeek (one a block) ship them.
-    Returns what each weight is worth then."""
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "activation_scheme": "static" if block is None else "dynamic",
-        "weight_block_size": block and [block, block],
-        "modules_to_not_convert": ["lm_head"],
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    packed: dict[str, torch.Tensor] = {}
-    worth: dict[str, torch.Tensor] = {}
-    for name, weight in load_file(folder / "model.safetensors").items():
-        if "_proj" not in name:
-            packed[name] = worth[name] = weight
-            continue
-        rows, columns = weight.shape
-        side = block or max(rows, columns)
-        tiles = weight.reshape(-(-rows // side), min(side, rows), -(-columns // side), min(side, columns))
-        scale = tiles.abs().amax((1, 3)) / 448
-        tiles = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-        packed[name] = tiles.reshape(rows, columns)
-        packed[f"{name}_scale_inv"] = scale if block else scale[0, 0]
-        if block is None:
-            packed[name.replace("weight", "activation_scale")] = torch.tensor(1.0)
-        worth[name] = (tiles.float() * scale[:, None, :, None]).reshape(rows, columns)
-    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
-    return worth
-
-
 @pytest.mark.parametrize("block", [None, 16])
 def test_an_fp8_base_is_unpacked_while_it_is_loaded(tmp_path: Path, block: int | None) -> None:
     folder = make_model(tmp_path / "model")
-    worth = quantise(folder, block=block)
+    worth = to_fp8(folder, block=block)
     base = load_base(folder, torch.device("cpu"))
     loaded = base.state_dict()
     assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
     for name, weight in worth.items():
         torch.testing.assert_close(loaded[name], weight, rtol=1e-6, atol=0)
+    assert facts_of(folder).parameters == sum(parameter.numel() for parameter in base.parameters())
+    assert verify.verify(folder, tmp_path / "verify").mode == "Packed"
+
+
+def test_an_mxfp4_base_is_unpacked_while_it_is_loaded(tmp_path: Path) -> None:
+    """As gpt-oss ships its experts; the rest of it are plain numbers."""
+    config = transformers.GptOssConfig(
+        vocab_size=96, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=128,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4}, architectures=["GptOssForCausalLM"],
+        pad_token_id=2, eos_token_id=2, bos_token_id=1,
+    )  # fmt: skip
+    folder = make_model(tmp_path / "model", config)
+    worth = to_mxfp4(folder)
+    base = load_base(folder, torch.device("cpu"))
+    loaded = base.state_dict()
+    assert {tensor.dtype for tensor in loaded.values()} == {torch.float32}
+    assert loaded.keys() == worth.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in worth.items())
     assert facts_of(folder).parameters == sum(parameter.numel() for parameter in base.parameters())
     assert verify.verify(folder, tmp_path / "verify").mode == "Packed"
 

@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tuneward_api.estimate import GIB, Data, Setup, Shape, memory, tokens_that_fit
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
-from tuneward_trainer import distributed, patches
+from tuneward_trainer import distributed, nf4, patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
-from tuneward_trainer.memory import Choice, Costs
-from tuneward_trainer.model import add_adapters, target_linears
+from tuneward_trainer.memory import Choice, Costs, _packed
+from tuneward_trainer.model import add_adapters, packable, target_linears
 
 SIZES = {
     "vocab_size": 500,
@@ -205,6 +205,32 @@ def test_other_adapters_keep_other_things(changes: dict[str, Any], setup: dict[s
     shape = Shape.of(config_of("Llama").to_dict())
     estimated = memory(shape, data_of(batch), setup_of(model, batch, **setup))
     assert estimated.activations == pytest.approx(saved(model, batch), rel=0.05)
+
+
+def test_packed_weights_are_known_with_the_one_that_is_unpacked(tmp_path: Path) -> None:
+    config = config_of("Llama", hidden_size=128, num_attention_heads=4)
+    base = AutoModelForCausalLM.from_config(config)
+    base.requires_grad_(False)
+    nf4.pack(base, packable(base), torch.device("cpu"))
+    scales = [layer.weight.quant_state for layer in base.modules() if nf4.is_packed(layer)]
+    held = sum(parameter.nbytes for parameter in base.parameters())
+    held += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in scales)
+    shape = Shape.of(config.to_dict())
+    method = ResolvedMethod(
+        type="QLoRA", rank=8, alpha=16.0, dropout=0.0, rs_lora=False, target_modules=target_linears(base),
+        trainable_parameters=0,
+    )  # fmt: skip
+    model, batch = add_adapters(base.eval(), method, seed=0, base_uri=""), batch_of(*LENGTHS)
+    estimated = memory(shape, data_of(batch), setup_of(model, batch, nf4=True))
+    assert estimated.weights == pytest.approx(held, rel=0.01)
+    assert estimated.activations == pytest.approx(saved(model, batch), rel=0.05)
+    assert estimated.activations + estimated.work == pytest.approx(peak(model, batch, tmp_path), rel=0.1)
+
+
+def test_qlora_is_named_where_it_would_fit() -> None:
+    whole = costs(MISTRAL_7B, sequence_length=1024)
+    assert _packed("LoRA", whole, Choice(1), 24 * GIB) == "use spec.method.type QLoRA (about 12.2 GiB), "
+    assert _packed("LoRA", whole, Choice(1), 16 * GIB) == _packed("QLoRA", whole, Choice(1), 24 * GIB) == ""
 
 
 def test_recomputing_keeps_the_inputs_of_layers_and_changes_no_gradient() -> None:

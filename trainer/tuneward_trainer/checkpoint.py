@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
 from tuneward_api import manifest
 from tuneward_api.files import Plan, SavedCheckpoint
+from tuneward_trainer import nf4
 from tuneward_trainer.distributed import Crew, Gang
 from tuneward_trainer.endings import ConfigBadError
 from tuneward_trainer.engine import State
@@ -70,7 +71,7 @@ def identity(plan: Plan, shapes: dict[str, list[int]]) -> dict[str, Any]:
     return found if plan.request.parent is None else {**found, "parent": plan.request.parent.artifact_digest}
 
 
-def circumstances(gang: Gang, choice: Choice) -> dict[str, Any]:
+def circumstances(gang: Gang, choice: Choice, *, packed: bool = False) -> dict[str, Any]:
     """What must be equal for a resume to give the same bytes."""
     device = gang.device
     cuda = device.type == "cuda"
@@ -80,6 +81,7 @@ def circumstances(gang: Gang, choice: Choice) -> dict[str, Any]:
         **rows,
         # Gradients of shards are added up rank by rank.
         **({"ranks": gang.world} if gang.together else {}),
+        **({"bitsandbytes": nf4.release()} if packed else {}),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",
         # On a CPU sums inside a matrix product may be split by thread.

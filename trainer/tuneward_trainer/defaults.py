@@ -112,6 +112,8 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
         if not adapted_linears(facts.empty, [target]):
             raise config_bad(f"spec.method.targetModules holds {target!r}; allowed for this model: {', '.join(available)}")
     kind, rank = asked.type or "LoRA", asked.rank or 16
+    if kind == "QLoRA":
+        _check_packing(facts)
     return ResolvedMethod(
         type=kind,
         rank=rank,
@@ -121,6 +123,25 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
         target_modules=targets,
         trainable_parameters=adapter_parameters(facts.empty, targets, rank, dora=kind == "DoRA"),
     )
+
+
+def _check_packing(facts: Facts) -> None:
+    """Raises EndError where the weights cannot be packed, or where that would save next to nothing."""
+    from tuneward_trainer import nf4
+    from tuneward_trainer.model import packable
+
+    if not nf4.installed():
+        raise config_bad(
+            "spec.method.type is QLoRA, for which bitsandbytes must be installed, and it is not: pip install bitsandbytes, "
+            "or use LoRA"
+        )
+    packed = sum(layer.weight.numel() for layer in packable(facts.empty).values())
+    embedded = facts.empty.get_input_embeddings().weight.numel()
+    if 2 * packed < facts.parameters - embedded:
+        raise config_bad(
+            f"spec.method.type is QLoRA, which can pack only {packed} of the model's {facts.parameters} parameters: experts "
+            "that are one tensor stay as they are; use LoRA"
+        )
 
 
 def hyperparameters(

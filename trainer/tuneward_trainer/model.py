@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -26,6 +27,7 @@ from transformers.models.auto.modeling_auto import (
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from tuneward_api.resolved import ResolvedMethod
+from tuneward_trainer import nf4
 
 ADAPTER: Final = "default"
 _ROUTERS: Final = r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?"
@@ -81,10 +83,39 @@ def quantised(config: dict[str, Any]) -> str | None:
     return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
 
 
-def load_base(folder: Path, device: torch.device) -> PreTrainedModel:
+def load_base(
+    folder: Path,
+    device: torch.device,
+    *,
+    packed: bool = False,
+    places: Mapping[str, str] | None = None,
+    scratch: Path | None = None,
+) -> PreTrainedModel:
     """The base model, frozen: fp32 on a CPU, where bf16 is slower and no smaller in the end, and bf16 on a GPU. Weights
-    in a format of DEQUANTISED become plain ones."""
-    return _load(folder, torch.bfloat16 if device.type == "cuda" else torch.float32).to(device)
+    in a format of DEQUANTISED become plain ones. With `packed` the decoder's Linears are NF4. `places`: module -> device,
+    or disk: then its weights are read from there, or from `scratch`, when it is run."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    options: dict[str, Any] = {}
+    again = packed and quantised(read_config(folder)) is not None
+    if packed and not again:
+        # Each weight goes to the device as it is read, and is packed there: the host never holds the whole model.
+        options = {"quantization_config": _packing(folder, dtype), "device_map": {"": device}}
+    if places is not None:
+        options = {"device_map": dict(places), "offload_folder": scratch}
+    model = _load(folder, dtype, **options)
+    if again:
+        nf4.pack(model, packable(model), device)
+    if packed:
+        nf4.keep_layout(model)
+    return model if options else model.to(device)
+
+
+def _packing(folder: Path, dtype: torch.dtype) -> BitsAndBytesConfig:
+    kind = model_class(read_config(folder))
+    empty = build_empty(AutoConfig.from_pretrained(folder, local_files_only=True), kind)
+    packed = packable(empty)
+    others = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return nf4.quantization(others, dtype)
 
 
 def load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
@@ -96,10 +127,9 @@ def load_whole(folder: Path, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def _load(folder: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+def _load(folder: Path, dtype: torch.dtype | str, **options: Any) -> PreTrainedModel:
     raw = read_config(folder)
     kind = model_class(raw)
-    options: dict[str, Any] = {}
     if quantised(raw) is not None:
         options["quantization_config"] = AutoQuantizationConfig.from_dict(raw["quantization_config"] | {"dequantize": True})
     model = kind.from_pretrained(
@@ -136,6 +166,11 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
     taken = _taken_for_experts(model, {_last(name) for name in found})
     return {name: module for name, module in found.items() if _last(name) not in taken}
+
+
+def packable(model: nn.Module) -> dict[str, nn.Linear]:
+    """Those of them that NF4 can hold."""
+    return {name: layer for name, layer in linears(model).items() if nf4.fits(layer)}
 
 
 def _last(name: str) -> str:

@@ -75,7 +75,8 @@ def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMeth
     """The adapter's own; dropout alone is free. Raises EndError where the job asks for another."""
     config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
     own: dict[str, Any] = {
-        "type": "DoRA" if config.get("use_dora") else "LoRA",
+        # Which weights lie under a LoRA is no matter of its shape.
+        "type": "DoRA" if config.get("use_dora") else "QLoRA" if asked.type == "QLoRA" else "LoRA",
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
         "rsLoRA": bool(config.get("use_rslora")),

@@ -20,12 +20,13 @@ from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuneward_trainer import nf4
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.model import plain
@@ -303,10 +304,12 @@ def _lora_linears(base: nn.Module) -> Iterator[None]:
 
 
 def fits_lora_linear(module: Any) -> bool:
-    """Plain LoRA on a plain Linear, no dropout. Everything else keeps PEFT's own forward pass."""
+    """Plain LoRA on a Linear, whose weight is a matrix or packed as NF4, no dropout. Everything else keeps PEFT's own
+    forward pass."""
     return (
-        type(module) is PeftLoraLinear
-        and type(module.base_layer) is nn.Linear
+        # The second one is there where PEFT found bitsandbytes.
+        type(module) in (lora.Linear, getattr(lora, "Linear4bit", lora.Linear))
+        and (type(module.base_layer) is nn.Linear or nf4.is_packed(module.base_layer))
         and not module.base_layer.weight.requires_grad
         and not module.lora_variant
         and not module.fan_in_fan_out
@@ -320,48 +323,50 @@ def _lora_forward(module: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
         plain: Tensor = type(module).forward(module, x, *others, **named)
         return plain
     name = module.active_adapters[0]
-    base = module.base_layer
-    out: Tensor = _LoraLinear.apply(
-        x, module.lora_A[name].weight, module.lora_B[name].weight, base.weight, base.bias, module.scaling[name]
-    )
+    a, b, scale = module.lora_A[name].weight, module.lora_B[name].weight, module.scaling[name]
+    out: Tensor = _LoraLinear.apply(x, a, b, module.base_layer, scale)
     return out
 
 
 class _LoraLinear(torch.autograd.Function):
-    """x W' + b + s (x A') B' for x [..., I], A [r, I], B [O, r], W [O, I]; computed in x's dtype, A and B in theirs."""
+    """x W' + b + s (x A') B' for x [..., I], A [r, I], B [O, r], W [O, I]; computed in x's dtype, A and B in theirs. `base`
+    is the frozen Linear, whose weight is asked for in both passes: unpacked it is not kept between them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        out, down = _with_lora(flat, a, b, weight, bias, scale)
-        ctx.save_for_backward(flat, down, a, b, weight)
-        ctx.scale = scale
+        out, down = _with_lora(flat, a, b, base, scale)
+        ctx.save_for_backward(flat, down, a, b)
+        ctx.base, ctx.scale = base, scale
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None, None]:
-        flat, down, a, b, weight = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor, Tensor, None, None]:
+        flat, down, a, b = ctx.saved_tensors
         gradient = gradients[0]
         rows = gradient.reshape(-1, gradient.shape[-1])
-        to_x, to_a, to_b = _lora_gradients(rows, flat, down, a, b, weight, ctx.scale, to_x=ctx.needs_input_grad[0])
-        return None if to_x is None else to_x.view(*gradient.shape[:-1], -1), to_a, to_b, None, None, None
+        to_x, to_a, to_b = _lora_gradients(rows, flat, down, a, b, ctx.base, ctx.scale, to_x=ctx.needs_input_grad[0])
+        return None if to_x is None else to_x.view(*gradient.shape[:-1], -1), to_a, to_b, None, None
 
 
-def _with_lora(
-    flat: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
+def _weight(base: nn.Linear) -> Tensor:
+    """[O, I]."""
+    return nf4.unpacked(base) if nf4.is_packed(base) else base.weight
+
+
+def _with_lora(flat: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float) -> tuple[Tensor, Tensor]:
     """[T, I] -> the result [T, O], and x A' [T, r], which the backward pass needs."""
     down = flat @ a.to(flat.dtype).T
-    out = nn.functional.linear(flat, weight, bias)
+    out = nn.functional.linear(flat, _weight(base), base.bias)
     return out.addmm_(down, b.to(flat.dtype).T, alpha=scale), down
 
 
 def _lora_gradients(
-    rows: Tensor, flat: Tensor, down: Tensor, a: Tensor, b: Tensor, weight: Tensor, scale: float, *, to_x: bool = True
+    rows: Tensor, flat: Tensor, down: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float, *, to_x: bool = True
 ) -> tuple[Any, Tensor, Tensor]:
     """Gradient of the result [T, O] -> gradients of x [T, I] (None unless asked for), A and B."""
     up = (rows @ b.to(rows.dtype)).mul_(scale)
-    back = (rows @ weight).addmm_(up, a.to(rows.dtype)) if to_x else None
+    back = (rows @ _weight(base)).addmm_(up, a.to(rows.dtype)) if to_x else None
     return back, (up.T @ flat).to(a.dtype), (rows.T @ down).mul_(scale).to(b.dtype)
 
 
@@ -390,11 +395,8 @@ def _gated_forward(module: Any, x: Tensor) -> Tensor:
         plain: Tensor = type(module).forward(module, x)
         return plain
     name = down.active_adapters[0]
-    base = down.base_layer
     a, b, scale = down.lora_A[name].weight, down.lora_B[name].weight, down.scaling[name]
-    out: Tensor = _GatedDown.apply(
-        module.gate_proj(x), module.up_proj(x), module.act_fn, a, b, base.weight, base.bias, scale
-    )
+    out: Tensor = _GatedDown.apply(module.gate_proj(x), module.up_proj(x), module.act_fn, a, b, down.base_layer, scale)
     return out
 
 
@@ -409,29 +411,28 @@ class _GatedDown(torch.autograd.Function):
         act: Callable[[Tensor], Tensor],
         a: Tensor,
         b: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        base: nn.Linear,
         scale: float,
     ) -> Tensor:
         """gate and up [..., I], A [r, I], B [O, r], W [O, I]."""
-        out, down = _with_lora((act(gate) * up).view(-1, gate.shape[-1]), a, b, weight, bias, scale)
-        ctx.save_for_backward(gate, up, down, a, b, weight)
-        ctx.act, ctx.scale = act, scale
+        out, down = _with_lora((act(gate) * up).view(-1, gate.shape[-1]), a, b, base, scale)
+        ctx.save_for_backward(gate, up, down, a, b)
+        ctx.act, ctx.base, ctx.scale = act, base, scale
         return out.view(*gate.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up, down, a, b, weight = ctx.saved_tensors
+        gate, up, down, a, b = ctx.saved_tensors
         gate = gate.detach().requires_grad_()
         with torch.enable_grad():
             opened = ctx.act(gate)
         inner = opened.detach() * up
         rows = gradients[0].reshape(-1, gradients[0].shape[-1])
-        to_inner, to_a, to_b = _lora_gradients(rows, inner.view(-1, inner.shape[-1]), down, a, b, weight, ctx.scale)
+        to_inner, to_a, to_b = _lora_gradients(rows, inner.view(-1, inner.shape[-1]), down, a, b, ctx.base, ctx.scale)
         to_inner = to_inner.view(gate.shape)
         to_up = torch.mul(to_inner, opened.detach(), out=inner)
         (to_gate,) = torch.autograd.grad(opened, gate, to_inner.mul_(up))
-        return to_gate, to_up, None, to_a, to_b, None, None, None
+        return to_gate, to_up, None, to_a, to_b, None, None
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
     method = method_of(request, found, facts, places, folder.parent)
-    packing = verify(found, whole=method.type == "Full")
+    packing = verify(found, method)
     tokenizer = load_tokenizer(found.folder)
     cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
     summary = Summary.read(cache.folder)
@@ -208,13 +208,14 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
     )
 
 
-def verify(found: models.Found, *, whole: bool) -> ResolvedPacking:
+def verify(found: models.Found, method: ResolvedMethod) -> ResolvedPacking:
     """Which patches agree with the plain model; the verdict is kept beside the model."""
     from tuneward_trainer import verify as verifier
     from tuneward_trainer.model import ModelUnsupportedError
 
     try:
-        return verifier.verify(found.folder, make_directory(found.cache / "verify"), whole=whole)
+        folder, how = make_directory(found.cache / "verify"), method.type
+        return verifier.verify(found.folder, folder, whole=how == "Full", packed=how == "QLoRA")
     except ModelUnsupportedError as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
 

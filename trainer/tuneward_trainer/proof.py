@@ -32,10 +32,11 @@ TOLERANCE: Final = {"float32": 5e-3, "bfloat16": 0.25}
 KEPT: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-def export(model: PeftModel, folder: Path, samples: Sequence[Sample]) -> str:
-    """Writes the adapter, its proof and the manifest into `folder`. Returns the manifest's digest."""
+def export(model: PeftModel, folder: Path, samples: Sequence[Sample], *, proved: PeftModel | None = None) -> str:
+    """Writes the adapter, its proof and the manifest into `folder`. Returns the manifest's digest. `proved`: the same
+    adapter on the base that will be served, where `model` has another one."""
     save_adapter(model, folder / "adapter")
-    (folder / "proof.json").write_text(canonical_json(prove(model, samples).to_json()) + "\n")
+    (folder / "proof.json").write_text(canonical_json(prove(proved or model, samples).to_json()) + "\n")
     return manifest.write_manifest(folder)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from tuneward_api import manifest, names
@@ -22,7 +23,7 @@ from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
 from tuneward_api.files import Metrics, Plan, ProofText, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
-from tuneward_trainer import checkpoint, endings, evaluate, memory, mfu, parent, proof, rundir, whole
+from tuneward_trainer import checkpoint, endings, evaluate, memory, mfu, parent, proof, rundir, served, whole
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.distributed import Crew, Gang
@@ -144,7 +145,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     gang = replace(gang, together=prepared.method.type == "Full")
     engine = whole_engine(plan, model_dir, gang, training) if gang.together else adapted_engine(plan, model_dir, run, gang)
     choice = rows_of(plan, model_dir, gang)
-    wanted, here = checkpoint.identity(plan, engine.shapes), checkpoint.circumstances(gang, choice)
+    wanted = checkpoint.identity(plan, engine.shapes)
+    here = checkpoint.circumstances(gang, choice, packed=prepared.method.type == "QLoRA")
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
     asked, evaluation = plan.request.spec.checkpoint, plan.request.spec.evaluation
@@ -196,7 +198,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
 def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang) -> Engine:
     """The base model, frozen, with adapters: those of the job's start."""
     prepared = plan.prepared
-    base = load_base(model_dir, gang.device)
+    base = load_base(model_dir, gang.device, packed=prepared.method.type == "QLoRA")
     model = add_adapters(base, prepared.method, seed=prepared.hyperparameters.seed, base_uri=prepared.base.uri)
     if plan.request.parent is not None:
         parent.load(model, plan.request.parent, run)
@@ -338,8 +340,7 @@ def export(session: Session) -> dict[str, Any]:
     engine = session.engine
     if isinstance(engine, Engine):
         folder = f"adapter/a{session.attempt}"
-        digest = proof.export(engine.model, session.run / folder, samples(session.training))
-        return {"adapter_directory": folder, "adapter_digest": digest}
+        return {"adapter_directory": folder, "adapter_digest": _export_adapter(session, engine.model, session.run / folder)}
     after = whole.answers(engine.model, samples(session.training))
     state = engine.whole(whole.dtype_of(engine.model))
     if not session.gang.leads:
@@ -348,6 +349,15 @@ def export(session: Session) -> dict[str, Any]:
     source = rundir.directory(names.ENV_MODEL_DIR)
     digest = whole.export(engine.model, state, session.run / folder, source, before=session.base_answers, after=after)
     return {"adapter_directory": folder, "adapter_digest": digest}
+
+
+def _export_adapter(session: Session, model: PeftModel, folder: Path) -> str:
+    """With its proof. Returns the manifest's digest."""
+    method, texts = session.plan.prepared.method, samples(session.training)
+    if method.type != "QLoRA":
+        return proof.export(model, folder, texts)
+    with served.with_adapter(rundir.directory(names.ENV_MODEL_DIR), model, method, scratch=session.run) as plain:
+        return proof.export(model, folder, texts, proved=plain)
 
 
 def samples(training: Documents) -> list[Any]:

@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api.manifest import write_synced
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import attention, batch, patches
+from tuneward_trainer import attention, batch, nf4, patches
 from tuneward_trainer.batch import collate
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import (
@@ -35,6 +35,7 @@ from tuneward_trainer.model import (
     add_adapters,
     attention_of,
     model_class,
+    packable,
     read_config,
     target_linears,
     text_parameters,
@@ -50,7 +51,7 @@ _LENGTHS: Final = (37, 29, 41)
 _SHRUNK: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
     "num_attention_heads": 4,
@@ -99,20 +100,21 @@ class _Sample:
     weights: NDArray[np.float16]
 
 
-def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = False) -> ResolvedPacking:
+def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = False, packed: bool = False) -> ResolvedPacking:
     """The patches that this model's class and config bear, and so whether documents may share a row. Takes seconds.
-    `whole`: all weights are trained, not adapters.
+    `whole`: all weights are trained, not adapters; `packed`: adapters on weights in NF4 (QLoRA).
 
     The verdict is kept in `cache_dir` (default `<model_dir>/verify`, if that can be written), under a digest of all that
     it depends on. Raises ModelUnsupportedError for a model that cannot be trained at all.
     """
     config = read_config(model_dir)
     folder = cache_dir if cache_dir is not None else model_dir / "verify"
-    file = folder / f"{_digest(config, whole=whole)}.json"
+    file = folder / f"{_digest(config, whole=whole, packed=packed)}.json"
     try:
         return ResolvedPacking.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
-        verdict = _examine(model_class(config), AutoConfig.from_pretrained(model_dir, local_files_only=True), whole=whole)
+        full = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        verdict = _examine(model_class(config), full, whole=whole, packed=packed)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(file, json.dumps(verdict.to_json()).encode())
@@ -121,20 +123,22 @@ def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = Fals
     return verdict
 
 
-def _digest(config: dict[str, Any], *, whole: bool) -> str:
+def _digest(config: dict[str, Any], *, whole: bool, packed: bool) -> str:
     """Of all that a verdict depends on."""
     parts = [str(whole), json.dumps(config, sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
-    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches)]
-    parts += [Path(__file__).read_text()]
+    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches, nf4)]
+    parts += [Path(__file__).read_text(), nf4.release() if packed else ""]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
-def _examine(kind: type[PreTrainedModel], config: PreTrainedConfig, *, whole: bool = False) -> ResolvedPacking:
+def _examine(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, *, whole: bool = False, packed: bool = False
+) -> ResolvedPacking:
     """Patch by patch, each on top of those that agreed before."""
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = whole_twin(kind, config) if whole else twin(kind, config)
+            model = whole_twin(kind, config) if whole else twin(kind, config, packed=packed)
             reference = gradients(model, ())
     except ModelUnsupportedError:
         raise
@@ -216,10 +220,12 @@ def _documents() -> list[_Sample]:
     ]
 
 
-def twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PeftModel:
+def twin(kind: type[PreTrainedModel], config: PreTrainedConfig, *, packed: bool = False) -> PeftModel:
     """A small random model of the same class, in float32, with adapters that are not zero."""
     base = _small_model(kind, config)
     targets = target_linears(base)
+    if packed:
+        nf4.pack(base, packable(base), torch.device("cpu"))
     method = ResolvedMethod(
         type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=targets, trainable_parameters=0
     )
