@@ -10,7 +10,6 @@ import pytest
 import torch
 from tests.trainer.jobs import make_job
 
-from tuneward_api.estimate import flops_per_token
 from tuneward_trainer import memory
 from tuneward_trainer.mfu import Utilization, peak_of
 from tuneward_trainer.profile import Profile
@@ -38,12 +37,13 @@ def test_a_peak_is_of_this_very_card_or_unknown(name: str, tera: float | None) -
 
 def test_all_gpus_at_their_peak_are_one(tmp_path: Path) -> None:
     job = make_job(tmp_path)
-    costs = memory.costs_of(job.plan.prepared, job.store / "models/tiny", "cuda")
+    costs = memory.costs_of(job.plan.prepared, job.store / "models/tiny", "cuda", 4)
     assert costs is not None
     found = Utilization.of(costs, "NVIDIA H100 80GB HBM3", 4)
     assert found is not None
-    each = flops_per_token(costs.shape, costs.data, costs.setup.rank, costs.setup.targets)
-    assert found.share(4 * 989e12 / each) == pytest.approx(1.0)
+    assert found.share(4 * 989e12 / costs.flops(memory.Choice(1))) == pytest.approx(1.0)
+    # What is computed twice is not needed.
+    assert found.flops < costs.flops(memory.Choice(1, recompute=True))
     assert Utilization.of(costs, "a CPU", 1) is None
     assert Utilization.of(None, "NVIDIA H200", 1) is None
 
