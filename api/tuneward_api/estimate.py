@@ -164,6 +164,12 @@ class Shape:
         sizes = self.linears.values()
         return self.layers * sum(inputs * outputs for inputs, outputs in sizes if inputs % NF4_BLOCK == 0)
 
+    def share(self, targets: Set[str] | None = None) -> float:
+        """Of the weights of layers that a token passes through, those under an adapter."""
+        adapted = self.layers * sum(inputs * outputs for inputs, outputs in self.adapted(targets).values())
+        plain = self.plain_layers * (3 * self.hidden * self.plain_inner - self.mlp) if self.experts else 0
+        return adapted / (self.layers * (self.attention + self.mlp) + plain)
+
     def lora(self, rank: int, targets: Set[str] | None = None, *, dora: bool = False) -> int:
         """Parameters of LoRA on the Linears of every layer."""
         return self.layers * sum(

@@ -118,6 +118,9 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
     room = memory.worker_memory(spec) if memory.device_of(spec) == "cpu" else None
     choice = costs.choose(room) if costs else memory.Choice(1)
+    if costs and costs.shape.known and costs.shape.experts and method.target_modules is not None:
+        share = costs.shape.share(costs.setup.targets)
+        log.info("adapters are on %.0f%% of the weights that a token passes through; experts have none", 100 * share)
     if costs and room and (needed := costs.memory(choice).resident) > room:
         log.warning("about %.1f GiB are needed, and the job gives a worker %.1f", needed / GIB, room / GIB)
     return Prepared(
