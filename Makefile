@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # A test or a job must not wait for a hub that it does not use.
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test test-slow trackers check lint types imports verify generate setup python local helm model lock tests go-test format clean
+.PHONY: help demo test test-slow test-gpu trackers check lint types imports verify generate setup python local helm model lock tests go-test format clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  \1\t/' | expand -t 18
@@ -75,6 +75,9 @@ $(VENV)/.stamp: $(LOCKS) requirements/uv.txt pyproject.toml
 	@.ci/progress "Python: tuneward" $(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	@.ci/progress "Python: bytecode" $(BIN)/python -c "import $(LOADED)"
 	@touch $@
+
+test-gpu: python ## what needs a GPU; says so where there is none
+	@$(BIN)/pytest -q -rs tests/gpu
 
 trackers: .build/trackers/.stamp
 	@:

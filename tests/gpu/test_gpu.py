@@ -1,0 +1,120 @@
+"""What only a GPU can show: kernels give what the plain model gives, a step does not wait for the device, jobs end in adapters.
+
+`make test-gpu`, on a machine with one GPU or more. These have not been run yet: none was at hand.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.trainer.jobs import DEADLINE, TARGETS, Job, make_job, make_model, tiny_config
+from torch import Tensor
+
+from tuneward_api.resolved import ResolvedMethod
+from tuneward_trainer import patches
+from tuneward_trainer.batch import Batch, collate
+from tuneward_trainer.data.documents import TRAINING, Documents
+from tuneward_trainer.engine import Engine
+from tuneward_trainer.losses import cross_entropy
+from tuneward_trainer.model import add_adapters, load_base
+
+GPU = torch.device("cuda", 0)
+METHOD = ResolvedMethod(
+    type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=TARGETS, trainable_parameters=0
+)
+SHAPE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+"""Heads of 64, which every kernel takes."""
+
+
+def engine_on(folder: Path, device: torch.device) -> Engine:
+    model = add_adapters(load_base(folder, device), METHOD, seed=0, base_uri="")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                # Else an adapter adds nothing, whatever is wrong with it.
+                parameter.fill_(0.02)
+    return Engine(model, weight_decay=0.0, max_grad_norm=1.0)
+
+
+def batch_of(job: Job) -> Batch:
+    training = Documents.open(job.store / "data/tiny" / TRAINING)
+    return collate(((index, training[index]) for index in range(6)), longest=48)
+
+
+def learnt(engine: Engine, batch: Batch, names: tuple[str, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    with patches.applied(engine.model, names) as forward:
+        output = engine.forward_backward(forward, batch.to(device), cross_entropy)
+    return output.logprobs.cpu(), engine.gradient.cpu()
+
+
+@pytest.mark.parametrize("window", [None, 24])
+def test_a_packed_row_in_bf16_is_the_plain_model_in_fp32(tmp_path: Path, window: int | None) -> None:
+    job = make_job(tmp_path, config=tiny_config(**SHAPE))
+    folder = job.store / "models/tiny"
+    if window is not None:
+        from transformers import MistralConfig
+
+        config = MistralConfig(**{**tiny_config(**SHAPE).to_dict(), "sliding_window": window, "model_type": "mistral"})
+        config.architectures = ["MistralForCausalLM"]
+        folder = make_model(tmp_path / "mistral", config)
+    batch = batch_of(job)
+    expected, slope = learnt(engine_on(folder, torch.device("cpu")), batch, (), torch.device("cpu"))
+    found, gradient = learnt(engine_on(folder, GPU), batch, patches.ALL, GPU)
+    # bf16 has eight bits; a wrong mask or scale is off by far more.
+    assert torch.nn.functional.cosine_similarity(gradient, slope, 0) > 0.99
+    assert (found - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.fixture
+def no_waiting() -> Iterator[None]:
+    """torch raises where the host would wait for the device."""
+    torch.cuda.set_sync_debug_mode("error")
+    yield
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_waits_for_nothing(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    job = make_job(tmp_path, config=tiny_config(**SHAPE))
+    engine, batch = engine_on(job.store / "models/tiny", GPU), batch_of(job)
+    with patches.applied(engine.model) as forward:
+        for warm in (True, False):
+            if not warm:
+                request.getfixturevalue("no_waiting")
+            engine.forward_backward(forward, batch.to(GPU), cross_entropy)
+            engine.optim_step(1e-3, engine.gradient.clone())
+
+
+def worker(job: Job) -> None:
+    """`tuneward train`'s own process, to its end."""
+    environment = {**os.environ, **job.variables(), "TUNEWARD_HTTP_PORT": "0"}
+    command = [sys.executable, "-m", "tuneward_trainer", "train", "--plan", str(job.plan_file)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=5 * DEADLINE)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_job_learns_and_says_its_memory(tmp_path: Path) -> None:
+    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE))
+    worker(job)
+    (result,) = job.results()
+    assert result.metrics.validation_loss_after is not None
+    assert result.metrics.validation_loss_before is not None
+    assert result.metrics.validation_loss_after < result.metrics.validation_loss_before
+    assert "memory_bytes" in (job.run / "attempts/1/metrics.jsonl").read_text()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two GPUs")
+def test_two_ranks_over_nccl_learn_what_one_learns(tmp_path: Path) -> None:
+    one = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE))
+    two = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 2}}, config=tiny_config(**SHAPE)).again("two")
+    worker(one)
+    worker(two)
+    losses = [job.results()[0].metrics.validation_loss_after for job in (one, two)]
+    assert np.allclose(losses[0], losses[1], rtol=1e-2)
