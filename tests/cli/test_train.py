@@ -85,7 +85,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(station: Station) -> None:
     station.write(hyperparameters={"steps": 4000, "batchTokens": 256})
     process = station.start("train", "job.yaml", "--store", str(station.store))
     second = station.run / "attempts/2/start.json"
-    wait_for(second.exists, what="the second attempt", timeout=120)
+    wait_for(lambda: second.exists() and second.read_text().endswith("\n"), what="the second attempt", timeout=120)
     assert json.loads(second.read_text())["fromStep"] == int(saved.parent.name[5:13]) > 5
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=120)
