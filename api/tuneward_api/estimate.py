@@ -420,6 +420,9 @@ def _saved_by_mlp(shape: Shape, setup: Setup) -> float:
     size, chosen = setup.size, shape.chosen
     # Gate and up together, what the gate lets through, and each expert's answer; three permutations; the router's shares.
     routed = chosen * (size * (shape.hidden + 3 * shape.inner) + 3 * 8) + 4 * shape.experts + 4 * chosen * size
+    if setup.full:
+        # What the experts' weights are multiplied by.
+        routed += chosen * size * (shape.hidden + shape.inner)
     return routed + (_saved_by_dense(shape, setup, shape.shared) if shape.shared else 0)
 
 
@@ -499,9 +502,8 @@ def flops_per_token(
     if full:
         weights = shape.layers * (shape.attention + shape.mlp)
         head = 6 * shape.vocabulary * shape.hidden * data.learnt
-        return (
-            2 * (4 if recompute else 3) * weights + head + (9 if recompute else 7) * shape.query * shape.layers * data.length
-        )
+        attention = (9 if recompute else 7) * shape.query * shape.layers * data.length
+        return 2 * (4 if recompute else 3) * weights + head + attention
     passes = 3 if recompute else 2
     linears = 2 * passes * shape.layers * (shape.attention + shape.mlp) - 2 * shape.hidden * (shape.query + 2 * shape.key)
     head = 4 * shape.vocabulary * shape.hidden * data.learnt

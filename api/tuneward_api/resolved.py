@@ -87,7 +87,7 @@ class ResolvedEstimate(Model):
     rows at once as are of any use, of which it takes fewer where its memory is smaller."""
 
     memory_bytes: Int = Field(description="All that a rank needs, with what allocators and drivers keep.", ge=0)
-    weight_bytes: Int = Field(description="Of it, the frozen base model.", ge=0)
+    weight_bytes: Int = Field(description="Of it, the base model's weights; with Full the rank's share.", ge=0)
     state_bytes: Int = Field(description="Trained parameters, gradients and the optimizer's moments.", ge=0)
     activation_bytes: Int = Field(description="What the backward pass needs of the forward pass.", ge=0)
     buffer_bytes: Int = Field(description="The largest of what is needed for a moment, such as logits.", ge=0)

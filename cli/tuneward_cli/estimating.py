@@ -117,7 +117,7 @@ def lines(plan: Plan, found: Mapping[str, Any]) -> Iterator[str]:
         f"  steps   {hyper.steps:,} of about {hyper.batch_tokens:,} tokens: {hyper.epochs:g} epochs, "
         f"{operations(found['flops'])}"
     )
-    yield from _memory_lines(found, memory)
+    yield from _memory_lines(found, memory, whole=method.type == "Full")
     yield _time_line(found)
 
 
@@ -125,15 +125,15 @@ def _who(found: Mapping[str, Any]) -> str:
     return "the GPU" if found["device"] == "cuda" else "a worker"
 
 
-def _memory_lines(found: Mapping[str, Any], memory: Mapping[str, int]) -> Iterator[str]:
+def _memory_lines(found: Mapping[str, Any], memory: Mapping[str, int], *, whole: bool) -> Iterator[str]:
     twice = ", each layer computed twice to save memory" if found["recompute"] else ""
     yield (
         f"  memory  {gibibytes(memory['resident'])}, where {_who(found)} has {gibibytes(memory['available'])}; "
         f"{found['rows']} {'row' if found['rows'] == 1 else 'rows'} at once{twice}"
     )
     for part, text in (
-        ("weights", "the frozen base model"),
-        ("state", "trained parameters, gradients, optimizer"),
+        ("weights", "the weights, a rank's share" if whole else "the frozen base model"),
+        ("state", "gradients, optimizer, gathered layers" if whole else "trained parameters, gradients, optimizer"),
         ("activations", "kept for the backward pass"),
         ("buffers", "buffers"),
     ):

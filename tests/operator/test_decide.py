@@ -18,6 +18,7 @@ from tests.operator.pictures import (
     helper,
     job,
     owner,
+    plan,
     prepared,
     result,
     seen,
@@ -27,8 +28,10 @@ from tests.operator.pictures import (
 from tuneward_api.conditions import Phase
 from tuneward_api.failures import classify
 from tuneward_api.files import FinishReport
+from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.finetunejob import FineTuneJobStatus
 from tuneward_api.resolved import ResolvedEstimate
+from tuneward_operator import build
 from tuneward_operator.decide import Decision, Step, decide
 from tuneward_operator.observe import Seen
 
@@ -237,6 +240,22 @@ def test_training_done_is_filed_then_registered() -> None:
     assert decision.status.model is not None
     assert decision.status.model.name == "bot-abababab"
     assert truth(decision, "Complete") == ("True", "Succeeded")
+
+
+def test_a_model_that_was_trained_whole_says_what_serves_it() -> None:
+    report = finished().report
+    assert isinstance(report, FinishReport)
+    assert report.adapter is not None
+    folder = f"tuned/sha256-{'ab' * 32}"
+    whole = {"type": "Full", "sub_path": folder, "rank": None, "alpha": None, "target_modules": None}
+    made = report.model_copy(update={"adapter": report.adapter.model_copy(update=whole)})
+    decision = decided(accepted(status={"phase": "Registering", "launches": 1}, finish=helper("finish", made)))
+    assert decision.step == Step.REGISTER
+    assert str(decision.status.message).endswith(f"spec.model.uri is pvc://tuneward-store/{folder}/model")
+    assert decision.adapter is not None
+    body = build.finetuned_model(owner(), plan(owner()), decision.adapter)
+    assert "adapter" not in body["spec"]
+    FineTunedModelSpec.model_validate(body["spec"])
 
 
 def test_the_gate_refuses() -> None:

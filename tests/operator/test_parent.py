@@ -44,6 +44,10 @@ def unready(reason: str) -> dict[str, Any]:
         ),
         (known(spec={"archived": True}), "is archived; set its spec.archived to false, or name another"),
         (known(status=unready("DigestMismatch")), "cannot be gone on from: it is DigestMismatch"),
+        (
+            known(spec={"adapter": None}),
+            "is a base model of its own, with no adapter to go on from; name its folder instead: pvc://tuneward-store/",
+        ),
         (known(spec={"base": {}}), "cannot be read at spec.base; is this operator older than the CRD?"),
     ],
 )

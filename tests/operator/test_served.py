@@ -167,6 +167,17 @@ def test_what_a_model_says(
     assert (found and found[:2]) == expected
 
 
+def test_a_base_model_of_its_own_says_which_server_it_needs() -> None:
+    """Asked of the server of another base it says the same."""
+    view = model(1, adapter=None)
+    address = f"make a ModelServer whose spec.model.uri is {view.spec['artifact']['uri']}/model"
+    (asked,) = asks_of(server(), BASE, [view]).values()
+    assert asked == Verdict(False, Reason.BASE_MISMATCH, f"it is a base model of its own; {address}")
+    view.labels.clear()
+    said = decide(view, server_exists=False, serving=None)
+    assert said == (True, Reason.VERIFIED, f"its files were verified; it is a base model of its own: {address}")
+
+
 META = {
     "namespace": "ns",
     "name": "assistant",

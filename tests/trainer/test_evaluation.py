@@ -103,10 +103,8 @@ def test_a_kill_after_the_best_state_changes_nothing(impatient: Job, after: int)
 # -- answers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A model of bytes, taught to say ab after a question and cd after another."""
-    store = tmp_path_factory.mktemp("talking")
+def talks(store: Path) -> None:
+    """A model of bytes, and data that teach it to say ab after a question and cd after another."""
     model = make_byte_model(store / "models/tiny")
     manifest.write_manifest(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -119,9 +117,17 @@ def talking(tmp_path_factory: pytest.TempPathFactory) -> Job:
                 weights = [0.0] * len(prompt) + [1.0] * len(answer)
                 writer.add([*prompt, *answer], weights, file=0, line=line)
     manifest.write_manifest(store / "data/tiny")
-    spec = {"datasets": HELD_OUT, "evaluation": {"task": {"grader": "Exact", "maxTokens": 8}}}
+
+
+TALK = {"datasets": HELD_OUT, "evaluation": {"task": {"grader": "Exact", "maxTokens": 8}}}
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    store = tmp_path_factory.mktemp("talking")
+    talks(store)
     hyper = {"steps": 40, "learning_rate": 2e-2, "batch_tokens": 64, "scheduler": "Constant", "warmup_fraction": 0.0}
-    return train(make_job(store, spec=spec, hyper=hyper))
+    return train(make_job(store, spec=TALK, hyper=hyper))
 
 
 def generations(job: Job) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,23 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from tests.trainer.jobs import Gang, Job, make_job, step_lines, tiny_config, train
+from tests.trainer.test_checkpoint import FACTS, full_disk, newest_step, snapshot
+from tests.trainer.test_evaluation import HELD_OUT, TALK, generations, talks
 from tests.trainer.test_exactness import spin
 from tests.trainer.test_finish import run as finish
+from tests.trainer.test_memory import LENGTHS, MISTRAL_7B, batch_of, config_of, data_of, saved
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tuneward_api import manifest
+from tuneward_api.estimate import GIB, Data, Setup, Shape, memory
 from tuneward_api.files import Proof
 from tuneward_api.resolved import ResolvedPacking
 from tuneward_trainer import patches, verify
+from tuneward_trainer.checkpoint import Saver
 from tuneward_trainer.data.documents import TRAINING, Documents
+from tuneward_trainer.distributed import Crew
 from tuneward_trainer.engine import BETAS
+from tuneward_trainer.memory import remedy
 from tuneward_trainer.proof import logprobs
 from tuneward_trainer.schedule import Schedule
 
@@ -193,8 +201,7 @@ def test_no_more_checkpoints_stay_than_are_kept(pair: Job) -> None:
 
 def test_the_best_state_is_the_result(tmp_path: Path) -> None:
     """Random documents cannot be learnt: the validation loss soon rises, and what was lowest is read back from its shards."""
-    data = {"training": [{"uri": "pvc://claim/a.jsonl"}], "validation": [{"uri": "pvc://claim/b.jsonl"}]}
-    spec = {"evaluation": {"everySteps": 1, "patience": 2}, "checkpoint": {"everySteps": 4}, "datasets": data}
+    spec = {"evaluation": {"everySteps": 1, "patience": 2}, "checkpoint": {"everySteps": 4}, "datasets": HELD_OUT}
     job = train(whole_job(tmp_path, spec=spec, hyper={"learning_rate": 0.02}), 2)
     result = job.results()[0]
     measured = [json.loads(line) for line in lines(job) if "validation_loss" in line]
@@ -209,7 +216,15 @@ def lines(job: Job) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "config", [transformers.LlamaConfig(), transformers.Gemma2Config(), transformers.Qwen2Config(tie_word_embeddings=True)]
+    "config",
+    [
+        transformers.LlamaConfig(),
+        transformers.Gemma2Config(),
+        transformers.Qwen2Config(tie_word_embeddings=True),
+        transformers.MixtralConfig(),
+        transformers.CohereConfig(),
+    ],
+    ids=lambda config: str(config.model_type),
 )
 def test_the_patches_agree_with_the_plain_model(config: Any) -> None:
     """The gradients of all weights, the head's and the embeddings' among them; Gemma 2's scores are soft-capped."""
@@ -226,3 +241,58 @@ def test_routers_and_vision_stay_as_they_are() -> None:
     left = {name for name, _ in model.named_parameters()} - text_parameters(model).keys()
     assert left == {name for name, _ in model.named_parameters() if ".gate." in name}
     assert left
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma2", "Phi3", "Mixtral"])
+def test_what_is_saved_for_the_backward_pass_is_known(family: str) -> None:
+    config, batch = config_of(family), batch_of(*LENGTHS)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family == "Gemma2" else "sdpa").eval()
+    setup = Setup(tokens=batch.tokens, full=True, rank=0)
+    estimated = memory(Shape.of(config.to_dict()), data_of(batch), setup)
+    assert estimated.activations == CLOSE(saved(model, batch, names=patches.OF_WHOLE_MODELS), rel=0.05)
+
+
+def test_what_ranks_share_is_divided_and_too_little_memory_asks_for_more_of_them(tmp_path: Path) -> None:
+    """7 billion parameters on GPUs of 80 GB: eight ranks hold them, one does not."""
+    shape = Shape.of(MISTRAL_7B)
+    setup = Setup(tokens=4096, full=True, rank=0, device="cuda")
+    data = Data(learnt=1.0, length=1000)
+    one, eight = (memory(shape, data, replace(setup, shards=ranks)) for ranks in (1, 8))
+    assert one.weights == 8 * eight.weights == 4 * shape.parameters
+    assert one.resident > 80 * GIB > eight.resident
+    job = whole_job(tmp_path, config=tiny_config(vocab_size=32768, hidden_size=512))
+    said = remedy(job.plan, job.store / "models/tiny", GIB)
+    assert said.startswith("all weights with their gradients and moments take more than a rank's 1 GiB: use GPUs with ")
+    assert said.endswith("raise spec.workers.replicas from 1, since ranks share them, or set spec.method.type to LoRA")
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
+    crew = Crew(0, 1, None)
+    saver = Saver(tmp_path, attempt=1, keep=2, facts=FACTS, crew=crew)
+    saver.save(snapshot(3))
+    assert saver.wait() is None
+    with full_disk():
+        saver.save(snapshot(6))
+        assert isinstance(saver.wait(), OSError)
+    assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.a1"]
+    assert newest_step(tmp_path) == 3
+
+
+def test_an_error_of_one_rank_is_one_of_all() -> None:
+    def fail() -> list[int]:
+        raise ValueError("no such file")
+
+    assert Crew(0, 1, None).gather(lambda: [1, 2]) == [1, 2]
+    with pytest.raises(OSError, match="rank 0: no such file"):
+        Crew(0, 1, None).gather(fail)
+
+
+def test_answers_are_written_by_all_ranks_together(tmp_path: Path) -> None:
+    """Ranks that asked prompts of their own would wait for each other for ever."""
+    talks(tmp_path)
+    hyper = {"steps": 20, "learning_rate": 1e-2, "batch_tokens": 64, "scheduler": "Constant", "warmup_fraction": 0.0}
+    job = train(whole_job(tmp_path, spec=TALK, hyper=hyper), 2)
+    metrics = job.results()[0].metrics
+    assert (metrics.task_score_before, metrics.task_score_after) == (0.0, 1.0)
+    assert [one["model"] for one in generations(job)] == ["base", "base", "tuned", "tuned"]

@@ -163,6 +163,7 @@ def main(plan_path: Path) -> int:
     logger.setLevel(logging.INFO)
     # About calls between libraries, and bars for a person at a terminal: no news in a log.
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     disable_progress_bar()
     stop = Stop()
     stop.listen()
