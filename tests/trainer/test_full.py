@@ -267,6 +267,7 @@ def test_what_ranks_share_is_divided_and_too_little_memory_asks_for_more_of_them
     assert said.endswith("raise spec.workers.replicas from 1, since ranks share them, or set spec.method.type to LoRA")
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
     crew = Crew(0, 1, None)
     saver = Saver(tmp_path, attempt=1, keep=2, facts=FACTS, crew=crew)

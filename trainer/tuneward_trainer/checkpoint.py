@@ -20,6 +20,7 @@ from typing import Any, Final
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 
@@ -197,13 +198,18 @@ def write_together(run: Path, snapshot: Snapshot, crew: Crew, *, attempt: int) -
     """The same by all ranks: each writes and syncs its shards and reads back what it wrote; the leader then completes it.
     Raises on every rank what went wrong on any."""
     folder = _folder(run, snapshot.step, attempt)
-    # Its own collectives carry an error of any rank to all.
-    save_shards(
-        snapshot.state,
-        storage_writer=FileSystemWriter(folder / SHARDS, sync_files=True),
-        process_group=crew.group,
-        no_dist=crew.group is None,
-    )
+    try:
+        # Its own collectives carry an error of any rank to all.
+        save_shards(
+            snapshot.state,
+            storage_writer=FileSystemWriter(folder / SHARDS, sync_files=True),
+            process_group=crew.group,
+            no_dist=crew.group is None,
+        )
+    except CheckpointException as error:
+        # No Exception, for whatever reason.
+        rank, (failure, _) = next(iter(error.failures.items()))
+        raise OSError(f"rank {rank}: {failure}") from error
     own = [f"{SHARDS}/{file.name}" for file in (folder / SHARDS).glob(f"__{crew.rank}_*")]
     own += [f"{SHARDS}/.metadata"] if crew.leads else []
     entries = crew.gather(lambda: [manifest.entry(folder, path) for path in own])
