@@ -1,0 +1,183 @@
+"""The trainer on one GPU, against TRL's SFTTrainer at its best settings, in one run, on the same documents.
+
+    python benchmarks/trainer_gpu.py --model DIR      LoRA of rank 16 in bf16 on the model in DIR (Hugging Face's layout)
+    python benchmarks/trainer_gpu.py --model DIR --no-trl
+
+Prints the card, versions, and for each contestant tokens a second (wall clock, the device waited for), MFU by the data
+sheet's peak, and the memory that torch has reserved. Each contestant is a process of its own. TRL gets packing (bfd), bf16,
+no gradient checkpointing, and Flash Attention where the package `flash_attn` is installed; without it documents of a packed
+row see each other, and the line says that it was not there. Not run on a GPU yet: none was at hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+import transformers
+
+from tuneward_api.estimate import Data, Shape, flops_per_token
+from tuneward_api.resolved import ResolvedMethod
+from tuneward_trainer import patches
+from tuneward_trainer.batch import collate, total_weight
+from tuneward_trainer.data.documents import Document
+from tuneward_trainer.engine import Engine
+from tuneward_trainer.losses import cross_entropy
+from tuneward_trainer.memory import statistics
+from tuneward_trainer.mfu import peak_of
+from tuneward_trainer.model import add_adapters, load_base, target_linears
+from tuneward_trainer.packing import bins
+
+RANK: Final = 16
+LEARNT: Final = 0.45
+"""Share of a document's tokens that the loss counts, as in a chat: the answer."""
+
+Texts = list[Document]
+Step = Callable[[Texts], None]
+
+
+def documents(options: argparse.Namespace, vocabulary: int, seed: int) -> Texts:
+    """About `tokens` tokens: a question, then an answer that is learnt."""
+    random = np.random.default_rng(seed)
+    made: Texts = []
+    while sum(len(text.ids) for text in made) < options.tokens:
+        length = min(options.row, max(16, round(options.length * random.lognormal(-0.02, 0.2))))
+        weights = np.zeros(length, np.float16)
+        weights[-round(length * LEARNT) :] = 1
+        ids = random.integers(3, vocabulary, length, dtype=np.int32)
+        made.append(Document(ids=ids, weights=weights, file="", line=len(made)))
+    return made
+
+
+@contextmanager
+def ours(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
+    base = load_base(options.model, device)
+    method = ResolvedMethod(
+        type="LoRA", rank=RANK, alpha=32.0, dropout=0.0, rs_lora=False, target_modules=target_linears(base),
+        trainable_parameters=0,
+    )  # fmt: skip
+    engine = Engine(add_adapters(base, method, seed=0, base_uri=""), weight_decay=0.0, max_grad_norm=1.0)
+    with patches.applied(engine.model) as forward:
+
+        def step(texts: Texts) -> None:
+            lengths, weight = np.asarray([len(text.ids) for text in texts], np.int32), total_weight(texts)
+            for row in bins(lengths, seed=0, epoch=0, sequence_length=options.row):
+                batch = collate(((index, texts[index]) for index in row), longest=options.row)
+                engine.forward_backward(forward, batch.to(device).scaled(1 / weight), cross_entropy)
+            engine.optim_step(1e-5, engine.gradient.clone())
+
+        yield step
+
+
+@contextmanager
+def trl(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer, pack_dataset
+
+    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") and device.type == "cuda" else "sdpa"
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=attention)
+    arguments = SFTConfig(
+        output_dir=tempfile.mkdtemp(), packing=True, max_length=options.row, per_device_train_batch_size=1,
+        gradient_checkpointing=False, bf16=device.type == "cuda", use_cpu=device.type == "cpu", report_to="none",
+        learning_rate=1e-5, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": [[3, 4]], "labels": [[3, 4]]}),
+        processing_class=transformers.AutoTokenizer.from_pretrained(options.model),
+        peft_config=LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    trainer.create_optimizer()
+    trainer.model.train()
+
+    def step(texts: Texts) -> None:
+        labels = [np.where(text.weights > 0, text.ids, -100).tolist() for text in texts]
+        columns = {"input_ids": [text.ids.tolist() for text in texts], "labels": labels}
+        packed = pack_dataset(Dataset.from_dict(columns), options.row, "bfd")
+        trainer.current_gradient_accumulation_steps = len(packed)
+        targets = torch.tensor(sum(int((text.weights > 0).sum()) for text in texts), device=device)
+        for row in packed:
+            trainer.training_step(trainer.model, trainer.data_collator([row]), num_items_in_batch=targets)
+        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+
+    yield step
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """In this process. Bytes, tokens a second."""
+    device = torch.device(options.device)
+    config = json.loads((options.model / "config.json").read_text())
+    spent, tokens, lengths = 0.0, 0, []
+    with {"ours": ours, "trl": trl}[name](options, device) as step:
+        for index in range(options.warmup + options.steps):
+            texts = documents(options, int(config["vocab_size"]), index)
+            _wait(device)
+            began = time.perf_counter()
+            step(texts)
+            _wait(device)
+            if index >= options.warmup:
+                spent += time.perf_counter() - began
+                tokens += sum(len(text.ids) for text in texts)
+                lengths += [len(text.ids) for text in texts]
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    data: Data = statistics(np.asarray(lengths, np.int32), round(LEARNT * tokens))
+    needed, peak = flops_per_token(Shape.of(config), data, RANK) * tokens / spent, peak_of(card)
+    return {
+        "contestant": name,
+        "card": card,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokensPerSecond": tokens / spent,
+        "mfu": needed / peak if peak else None,
+        "reservedBytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
+        "flashAttention": importlib.util.find_spec("flash_attn") is not None,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--device", default="cuda", help="cpu says that the benchmark works, and nothing else")
+    parser.add_argument("--row", type=int, default=8192, help="tokens of a packed row")
+    parser.add_argument("--length", type=int, default=1000, help="mean tokens of a document")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of a step")
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--warmup", type=int, default=3)
+    parser.add_argument("--no-trl", action="store_true")
+    parser.add_argument("--only", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        print(json.dumps(measure(options.only, options)))
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("torch sees no GPU here; run it on a machine with one")
+        return 1
+    for name in ("ours",) if options.no_trl else ("ours", "trl"):
+        done = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
+        print(done.stdout.splitlines()[-1], flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
