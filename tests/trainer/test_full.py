@@ -154,7 +154,7 @@ def test_finish_files_it_as_a_base_model(alone: Job, monkeypatch: pytest.MonkeyP
     assert (alone.store / made.folder / "config.json").is_file()
 
 
-@pytest.mark.parametrize("moment", ["in a step", "in a save"])
+@pytest.mark.parametrize("moment", [pytest.param("in a step", marks=pytest.mark.slow), "in a save"])
 def test_killed_and_resumed_is_the_same_to_the_byte(pair: Job, moment: str) -> None:
     job = pair.again(f"killed-{moment.replace(' ', '-')}")
     gang = Gang(job, 2)
