@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from tuneward_cli.main import parser
 from tuneward_operator.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-CODE = [path for part in ("operator", "trainer", "serving") for path in (ROOT / part).rglob("*.py")]
+CODE = [path for part in ("api", "operator", "trainer", "serving", "cli") for path in (ROOT / part).rglob("*.py")]
 
 
 def everything() -> str:
@@ -58,3 +60,27 @@ def test_the_readme_is_true_about_files() -> None:
     named = re.findall(r"`((?:docs|examples|charts|local|api)/[\w./-]+)`|(?<=apply -f )(\S+\.yaml)", text)
     paths = {first or second for first, second in named}
     assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+
+
+def test_the_way_of_a_job_names_files_that_exist() -> None:
+    """Each cell of the table begins with a folder or with a file of the part that its row is about."""
+    table = (ROOT / "docs" / "architecture.md").read_text().split("| step | file |")[1].split("\n\n")[0]
+    missing = []
+    part = ROOT
+    for named in re.findall(r"`([\w/]+(?:\.py|/))`", table):
+        found = next((path for path in (ROOT / named, part / named, *part.rglob(named)) if path.exists()), None)
+        missing += [] if found else [named]
+        if "/" in named.rstrip("/") and found is not None:
+            part = next(ROOT.glob(f"{named.split('/')[0]}/tuneward_*"))
+    assert missing == []
+
+
+def test_every_command_that_a_sentence_names_exists() -> None:
+    (commands,) = [action for action in parser()._actions if isinstance(action, argparse._SubParsersAction)]
+    named = {
+        (path.relative_to(ROOT).as_posix(), word)
+        for path in [*CODE, *PAGES]
+        for word in re.findall(r"`tuneward ([a-z-]+)", path.read_text())
+    }
+    assert len(named) > 10
+    assert sorted(pair for pair in named if pair[1] not in commands.choices) == []
