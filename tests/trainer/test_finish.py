@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,26 @@ def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: py
     (tmp_path / report.adapter.sub_path / "adapter/adapter_model.safetensors").write_bytes(b"wei")
     assert run(job, monkeypatch)[1] == report
     manifest.verify(tmp_path / report.adapter.sub_path)
+
+
+def test_a_finish_that_is_second_writes_over_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both found nothing; the first then filed the adapter, and it may be served already."""
+    job = make_job(tmp_path)
+    ended(job)
+    served: list[int] = []
+    copy = finish._copy
+    monkeypatch.setattr(finish, "alone", lambda target: first_files_it(job, target, copy, served))
+    code, _ = run(job, monkeypatch)
+    (file,) = (tmp_path / "adapters").glob("sha256-*/adapter/adapter_model.safetensors")
+    assert (code, file.stat().st_mtime_ns) == (0, served[0])
+
+
+@contextmanager
+def first_files_it(job: Job, target: Path, copy: Any, served: list[int]) -> Iterator[None]:
+    source = job.run / "adapter/a1"
+    copy(source, target, manifest.read_manifest(source)[0])
+    served.append((target / "adapter/adapter_model.safetensors").stat().st_mtime_ns)
+    yield
 
 
 @pytest.mark.parametrize(

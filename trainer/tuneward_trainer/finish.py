@@ -18,6 +18,7 @@ from tuneward_api.evaluation import Gate
 from tuneward_api.files import FinishedAdapter, FinishReport, Metrics, Plan, Result
 from tuneward_api.names import MAX_MESSAGE, ExitCode
 from tuneward_trainer import report, rundir
+from tuneward_trainer.store import alone
 
 FOLDER: Final = "finish"
 
@@ -114,12 +115,27 @@ def _score_refused(gate: Gate, metrics: Metrics) -> str | None:
 
 def file_under(source: Path, target: Path, digest: str) -> None:
     """Copies `source` to its place for good, the manifest last; what is complete there already stays."""
-    try:
-        manifest.verify(target, digest=digest)
+    if filed(target, digest):
         return
+    # A finish on a node that was given up may still be at it, and two jobs may end in the same bytes: whoever comes second
+    # must not write over what is being served.
+    with alone(target):
+        if not filed(target, digest):
+            _copy(source, target, digest)
+
+
+def filed(folder: Path, digest: str) -> bool:
+    """Whether every byte is there; reads them all."""
+    try:
+        manifest.verify(folder, digest=digest)
     except manifest.ManifestError:
-        # Absent, or cut short by a kill.
-        (target / manifest.MANIFEST).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    # What is there was cut short by a kill, or changed.
+    (target / manifest.MANIFEST).unlink(missing_ok=True)
     for path in manifest.list_files(source):
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / path, target / path)
