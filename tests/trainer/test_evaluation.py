@@ -82,6 +82,20 @@ def test_training_ends_when_patience_is_spent_and_the_best_state_is_the_result(i
         assert torch.equal(tensor, state[name.replace(".weight", ".default.weight")])
 
 
+def test_where_the_best_state_could_not_be_written_the_last_one_is_the_result(impatient: Job) -> None:
+    """Every further attempt would miss it again, and the job would end in nothing."""
+    job, best = impatient.again("full"), impatient.results()[0].step
+    (job.run / f"checkpoints/step-{best:08d}.a1/state.safetensors").mkdir(parents=True)
+    (result,) = train(job).results()
+    last = max(losses(job))
+    assert (result.outcome, result.step) == ("Succeeded", last)
+    assert result.metrics.validation_loss_after == losses(impatient)[last]
+    assert result.message == (
+        f"trained {last} steps; step {best} had a lower validation loss, but its checkpoint is not there (was the store "
+        "full?): the last state is the result"
+    )
+
+
 def test_two_ranks_find_the_same_best_state(impatient: Job) -> None:
     job = train(impatient.again("two"), 2)
     assert (losses(job), job.adapter()) == (losses(impatient), impatient.adapter())

@@ -14,6 +14,7 @@ import logging
 import re
 import shutil
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -115,7 +116,9 @@ def newest(run: Path, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoin
 def at(run: Path, step: int, wanted: dict[str, Any], here: dict[str, Any]) -> Checkpoint | None:
     """That of a step, of whichever attempt left it whole: all have the same."""
     for found, _, folder in _listed(run):
-        if found == step and manifest.complete(folder):
+        if found != step:
+            continue
+        with suppress(manifest.ManifestError):
             return _read(folder, manifest.verify(folder), step, wanted, here)
     return None
 

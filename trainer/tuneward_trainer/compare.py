@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import torch
 
-from tuneward_trainer import checkpoint, endings, evaluate, reference
+from tuneward_trainer import checkpoint, evaluate, reference
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
 from tuneward_trainer.losses import Preference
 from tuneward_trainer.patches import Forward, Patched
@@ -147,8 +147,8 @@ def choose(session: Session, forward: Patched) -> None:
         found = checkpoint.at(session.run, best.step, *session.saver.marks())
     found = session.gang.broadcast(found)
     if found is None:
-        raise endings.TryAgainError(
-            f"the checkpoint of step {best.step}, which had the lowest validation loss, is not there"
-        )
+        # Written in vain, as on a full disk: no further attempt would find it, and what has been learnt since is something.
+        session.best_lost = True
+        return
     engine.load(found.state, found.step)
     compare(session, forward)

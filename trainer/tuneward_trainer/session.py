@@ -94,6 +94,8 @@ class Session:
     score_before: float | None = None
     score_after: float | None = None
     """Shares of the answers that count, of the model that the job starts from and of the result."""
+    best_lost: bool = False
+    """Whether the state with the lowest validation loss could not be kept."""
     last_step: int = 0
     """To which it was trained; the result may be of an earlier one."""
     train_loss: float | None = None
@@ -309,6 +311,9 @@ def conclude(session: Session, *, seconds: float) -> Result | None:
     said = f"stopped on request after step {step} of {steps}" if session.stopped else f"trained {session.last_step} steps"
     if not session.stopped and step != session.last_step:
         said += f"; step {step} had the lowest validation loss and is the result"
+    if session.best_lost:
+        said += f"; step {session.best.step} had a lower validation loss, but its checkpoint is not there "
+        said += "(was the store full?): the last state is the result"
     if session.stopped and session.watch.suspected:
         loss, before = session.watch.suspects[-1], session.watch.highest
         said += f"; this state is not saved, since its loss was {loss:.4g}, far above the {before:.4g} before"
