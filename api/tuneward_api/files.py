@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import Field
 
@@ -237,6 +237,15 @@ class Result(Record):
     def terminal(self) -> bool:
         """Whether a later attempt of the same plan reports this again instead of training."""
         return self.exit_code in (0, 65, 78)
+
+
+PROOF_TOLERANCE: Final = {"float32": 5e-3, "bfloat16": 0.25}
+"""Largest difference of a log-probability by the type that is computed in: engines batch, pad and merge otherwise than the
+trainer does; a wrong adapter is off by more than this."""
+
+
+def proof_tolerance(dtype: str) -> float:
+    return PROOF_TOLERANCE.get(dtype, PROOF_TOLERANCE["bfloat16"])
 
 
 class ProofText(Record):

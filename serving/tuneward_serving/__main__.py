@@ -46,7 +46,7 @@ def _add_agent(parser: argparse.ArgumentParser) -> None:
         "--tolerance",
         type=float,
         default=0.0,
-        help="least tolerance of a proof, for an engine that computes in another type than the trainer did",
+        help="least tolerance of a proof, for an engine that computes in bfloat16 and does not say so (vLLM)",
     )
 
 

@@ -191,6 +191,16 @@ def test_the_proof_compares_base_and_tuned(engine_base: float, engine_tuned: flo
         assert refused.value.reason == reason
 
 
+@pytest.mark.parametrize(("dtype", "proved"), [("", False), ("float32", False), ("bfloat16", True)])
+def test_an_engine_in_another_type_is_allowed_what_that_type_needs(dtype: str, proved: bool) -> None:
+    measured = [Measured([-2.1], [-1.1])]
+    if proved:
+        judge(proof(-2.0, -1.0), measured, dtype=dtype)
+    else:
+        with pytest.raises(Refused, match=r"differ from the trainer's by 0\.1, allowed are 0\.01"):
+            judge(proof(-2.0, -1.0), measured, dtype=dtype)
+
+
 def test_an_adapter_that_changes_less_than_the_tolerance_is_still_an_adapter() -> None:
     judge(proof(-2.0, -1.995), [Measured([-2.0], [-1.995])])
 

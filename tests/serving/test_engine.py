@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -10,12 +11,14 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from tests.serving.conftest import KEY
 from tests.serving.processes import Engine
 from tests.serving.tiny import TEXTS, Reference
 from tests.support.wait import wait_for
 from transformers import AutoTokenizer
 
 from tuneward_api.files import WantedAdapter
+from tuneward_serving.agent.engine_client import EngineClient, Served
 from tuneward_serving.engine.routes import create_app
 from tuneward_serving.engine.service import Service, Settings
 
@@ -46,6 +49,17 @@ def test_prompt_logprobs_are_those_of_a_plain_forward(engine: Engine, reference:
         assert engine.logprobs(BASE, ids) == pytest.approx(reference.logprobs(ids), abs=1e-4)
         for name, folder in loaded.items():
             assert engine.logprobs(name, ids) == pytest.approx(reference.logprobs(ids, folder), abs=1e-4)
+
+
+def test_the_agent_is_told_what_the_engine_computes_in(engine: Engine) -> None:
+    async def ask() -> Served:
+        client = EngineClient(engine.url, api_key=KEY)
+        try:
+            return await client.served()
+        finally:
+            await client.close()
+
+    assert asyncio.run(ask()) == Served(BASE, {}, "float32")
 
 
 def test_texts_of_different_adapters_share_a_batch_and_stay_apart(

@@ -19,7 +19,7 @@ from peft import PeftModel
 from peft.utils.save_and_load import get_peft_model_state_dict
 
 from tuneward_api import manifest
-from tuneward_api.files import Proof, ProofText, canonical_json
+from tuneward_api.files import Proof, ProofText, canonical_json, proof_tolerance
 from tuneward_trainer.batch import Sample
 from tuneward_trainer.model import ADAPTER
 
@@ -27,8 +27,6 @@ TEXTS: Final = 2
 LONGEST: Final = 64
 """Token ids of a text at most: an engine computes the proof at each start."""
 POSITIONS: Final = 32
-TOLERANCE: Final = {"float32": 5e-3, "bfloat16": 0.25}
-"""Engines batch, pad and merge otherwise than we do; a wrong adapter is off by more than this."""
 KEPT: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
@@ -72,7 +70,7 @@ def prove(model: PeftModel, samples: Sequence[Sample]) -> Proof:
         with model.disable_adapter():
             before = logprobs(model, ids)
         found.append(ProofText(ids=ids, base=before, tuned=logprobs(model, ids)))
-    return Proof(texts=found, dtype=dtype, tolerance=TOLERANCE.get(dtype, 0.25))
+    return Proof(texts=found, dtype=dtype, tolerance=proof_tolerance(dtype))
 
 
 def texts(samples: Sequence[Sample]) -> list[list[int]]:

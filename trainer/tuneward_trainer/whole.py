@@ -21,10 +21,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tuneward_api import manifest
-from tuneward_api.files import Proof, ProofText, canonical_json
+from tuneward_api.files import Proof, ProofText, canonical_json, proof_tolerance
 from tuneward_trainer.batch import Sample
 from tuneward_trainer.model import read_config
-from tuneward_trainer.proof import TOLERANCE, logprobs, texts
+from tuneward_trainer.proof import logprobs, texts
 
 LARGEST_FILE: Final = "5GB"
 _REPLACED: Final = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
@@ -55,7 +55,7 @@ def export(
             shutil.copyfile(file, target / file.name)
     (target / "config.json").write_text(json.dumps(_config(source, dtype), indent=2, sort_keys=True) + "\n")
     both = [ProofText(ids=one.ids, base=one.base, tuned=two.tuned) for one, two in zip(before, after, strict=True)]
-    made = Proof(texts=both, dtype=dtype, tolerance=TOLERANCE.get(dtype, 0.25))
+    made = Proof(texts=both, dtype=dtype, tolerance=proof_tolerance(dtype))
     (folder / "proof.json").write_text(canonical_json(made.to_json()) + "\n")
     return manifest.write_manifest(folder)
 

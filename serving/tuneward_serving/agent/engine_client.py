@@ -20,10 +20,12 @@ class EngineRefused(Exception):  # noqa: N818 - its word, not a mishap
 
 @dataclass(frozen=True)
 class Served:
-    """What the engine serves: its base model's name, and adapters with the folder each came from."""
+    """What the engine serves: its base model's name, and adapters with the folder each came from. `dtype`: what it computes
+    in; empty: it does not say, as vLLM does not."""
 
     base: str
     adapters: dict[str, str] = field(default_factory=dict)
+    dtype: str = ""
 
 
 class EngineClient:
@@ -41,10 +43,11 @@ class EngineClient:
 
     async def served(self) -> Served:
         cards = (await self._call("GET", "/v1/models"))["data"]
-        bases = [str(card["id"]) for card in cards if not card.get("parent")]
-        if not bases:
+        base = next((card for card in cards if not card.get("parent")), None)
+        if base is None:
             raise EngineGone("the engine serves no base model")
-        return Served(bases[0], {str(card["id"]): str(card["root"]) for card in cards if card.get("parent")})
+        adapters = {str(card["id"]): str(card["root"]) for card in cards if card.get("parent")}
+        return Served(str(base["id"]), adapters, str(base.get("dtype") or ""))
 
     async def load(self, name: str, path: str) -> None:
         await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})

@@ -165,7 +165,7 @@ class Agent:
         except EngineRefused as error:
             raise Refused(Reason.LOAD_FAILED, f"the engine refused to load it: {error}") from error
         measured = await measure(self.engine, proof, base=served.base, name=wanted.name)
-        judge(proof, measured, least_tolerance=self.least_tolerance)
+        judge(proof, measured, dtype=served.dtype, least_tolerance=self.least_tolerance)
 
     async def _refuse(self, wanted: WantedAdapter, refused: Refused, known: Verdict | None, seen: Fingerprint) -> None:
         """An adapter that is not proved must not answer either."""

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tuneward_api.conditions import Reason
-from tuneward_api.files import Proof
+from tuneward_api.files import Proof, proof_tolerance
 from tuneward_serving.agent.adapter_check import Refused
 from tuneward_serving.agent.engine_client import EngineClient, EngineRefused
 
@@ -35,9 +35,11 @@ async def measure(engine: EngineClient, proof: Proof, *, base: str, name: str) -
         raise Refused(Reason.PROOF_FAILED, f"the engine refused the proof's text: {error}") from error
 
 
-def judge(proof: Proof, measured: Sequence[Measured], *, least_tolerance: float = 0.0) -> None:
-    """Raises Refused unless tuned differs from base and both are what the trainer had."""
-    tolerance = max(proof.tolerance, least_tolerance)
+def judge(proof: Proof, measured: Sequence[Measured], *, dtype: str = "", least_tolerance: float = 0.0) -> None:
+    """Raises Refused unless tuned differs from base and both are what the trainer had. `dtype`: what the engine computes in,
+    where it says so: in bfloat16 it cannot agree as closely as a trainer in float32 asks for."""
+    engines = 0.0 if dtype in ("", proof.dtype) else proof_tolerance(dtype)
+    tolerance = max(proof.tolerance, engines, least_tolerance)
     if not proof.texts:
         raise Refused(Reason.PROOF_FAILED, "proof.json holds no text")
     pairs = list(zip(proof.texts, measured, strict=True))

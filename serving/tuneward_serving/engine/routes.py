@@ -88,8 +88,9 @@ async def metrics(service: TheService) -> Response:
 async def models(service: TheService) -> Json:
     runner, _ = service.ready()
     base = service.settings.base_name
+    facts: Json = {"max_model_len": runner.max_length, "dtype": runner.dtype}
     cards: list[Json] = [
-        {"id": base, "created": service.started, "root": base, "parent": None, "max_model_len": runner.max_length},
+        {"id": base, "created": service.started, "root": base, "parent": None} | facts,
         *(
             {"id": adapter.name, "created": adapter.created, "root": adapter.path, "parent": base}
             for adapter in service.adapters.values()

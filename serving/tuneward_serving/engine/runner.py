@@ -40,6 +40,11 @@ class Runner:
         device: torch.device = self._base.device
         return device
 
+    @property
+    def dtype(self) -> str:
+        """float32, bfloat16, ..."""
+        return str(self._base.dtype).removeprefix("torch.")
+
     def load(self, slot: str, folder: Path) -> None:
         """Raises ApiError with what does not fit; then nothing is left behind."""
         config = LoraConfig.from_pretrained(str(folder))
