@@ -166,6 +166,10 @@ class Hyperparameters(Model):
     seed: Int | None = Field(
         None, ge=0, le=4_294_967_295, description="Seed of order, initialisation and dropout. Default: 0."
     )
+    deterministic: bool | None = Field(
+        None,
+        description="true: GPUs give the same bytes each time too, as CPUs always do, with slower kernels. Default: false.",
+    )
 
     RULES: ClassVar[tuple[Rule, ...]] = (
         Rule(

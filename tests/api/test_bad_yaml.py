@@ -232,6 +232,7 @@ CASES = [
     Bad("short rows", "spec.hyperparameters.sequenceLength", 8, "spec.hyperparameters.sequenceLength", "at least 16"),
     Bad("small batch", "spec.hyperparameters.batchTokens", 1, "spec.hyperparameters.batchTokens", "at least 16"),
     Bad("seed", "spec.hyperparameters.seed", -1, "spec.hyperparameters.seed", "at least 0"),
+    Bad("deterministic", "spec.hyperparameters.deterministic", "yes", "spec.hyperparameters.deterministic", "true or false"),
     Bad("no worker", "spec.workers.replicas", 0, "spec.workers.replicas", "at least 1"),
     Bad("GPUs negative", "spec.workers.gpusPerWorker", -1, "spec.workers.gpusPerWorker", "at least 0"),
     Bad(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tuneward_trainer import checkpoint
+from tuneward_trainer.distributed import be_deterministic
 from tuneward_trainer.endings import ConfigBadError
 
 IDENTITY = {"base": "sha256:a", "data": "sha256:b", "shapes": {"w": [3]}}
@@ -70,6 +72,30 @@ def test_another_torch_or_thread_count_makes_it_equivalent_and_says_why(tmp_path
     found = checkpoint.newest(tmp_path, IDENTITY, {**HERE, "torch": "3", "threads": 4})
     assert found is not None
     assert found.resume == "equivalent (torch 2 -> 3, threads 1 -> 4)"
+
+
+@pytest.mark.parametrize(
+    ("deterministic", "resume"),
+    [(True, "exact"), (False, "equivalent (this GPU's attention kernels are not deterministic)")],
+)
+def test_on_a_gpu_only_deterministic_kernels_make_it_exact(tmp_path: Path, deterministic: bool, resume: str) -> None:
+    here = {"torch": "2", "device": "NVIDIA H100", "threads": 0, "deterministic": deterministic}
+    write(tmp_path, 3, facts={**FACTS, "circumstances": here})
+    found = checkpoint.newest(tmp_path, IDENTITY, here)
+    assert found is not None
+    assert found.resume == resume
+
+
+def test_deterministic_kernels_are_asked_for_before_anything_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_only_the_newest_are_kept_and_later_attempts_are_left_alone(tmp_path: Path) -> None:

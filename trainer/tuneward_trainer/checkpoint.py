@@ -78,9 +78,9 @@ def circumstances(gang: Gang, choice: Choice, *, packed: bool = False) -> dict[s
     device = gang.device
     cuda = device.type == "cuda"
     # On a CPU the plan says how many.
-    rows = {"rows at once": choice.bins} if cuda else {}
+    of_gpus = {"rows at once": choice.bins, "deterministic": torch.are_deterministic_algorithms_enabled()} if cuda else {}
     return {
-        **rows,
+        **of_gpus,
         # Gradients of shards are added up rank by rank.
         **({"ranks": gang.world} if gang.together else {}),
         **({"bitsandbytes": nf4.release()} if packed else {}),
@@ -136,7 +136,7 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
         for key, value in here.items()
         if facts["circumstances"].get(key) != value
     ]
-    if not str(here["device"]).startswith("CPU"):
+    if here.get("deterministic") is False:
         changes.append("this GPU's attention kernels are not deterministic")
     return Checkpoint(
         step=step,

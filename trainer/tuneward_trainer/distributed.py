@@ -252,6 +252,18 @@ def _control_group() -> dist.ProcessGroup:
     return group
 
 
+def be_deterministic() -> None:
+    """From here on each kernel of this process gives the same bits for the same input, or raises RuntimeError.
+
+    Attention's backward adds up without atomics then, and cuBLAS splits its sums in one fixed workspace. Before the first
+    product on a GPU: cuBLAS reads its setting once.
+    """
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    # It would write over every fresh tensor, which helps only code that reads what it never wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def pick_device(local_rank: int) -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")

@@ -61,6 +61,7 @@ _PEER_LOST = re.compile(
     r"connection (closed|reset|refused)|connection was (closed|reset)|broken pipe|socket|gloo|nccl|timed out|store",
     re.IGNORECASE,
 )
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 _NO_MEMORY = re.compile(r"can't allocate memory|out of memory|not enough memory", re.IGNORECASE)
 
 
@@ -78,6 +79,13 @@ def classify(error: BaseException, remedy: Callable[[], str]) -> Ending:
             Reason.OUT_OF_MEMORY,
             f"not enough memory; {remedy()}: {text}"[:MAX_MESSAGE],
             FAILED,
+        )
+    if found := _NOT_DETERMINISTIC.search(text):
+        return Ending(
+            Reason.CONFIG_INVALID,
+            f"spec.hyperparameters.deterministic: {found[1]}, which this model needs, has no deterministic kernel here; "
+            "leave the field out",
+            ExitCode.CONFIG_BAD,
         )
     if isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and _PEER_LOST.search(text)):
         return Ending(Reason.INFRASTRUCTURE, f"another rank went away: {text}"[:MAX_MESSAGE], ExitCode.TRY_AGAIN, True)

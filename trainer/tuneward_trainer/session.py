@@ -26,7 +26,7 @@ from tuneward_api.objective import ObjectiveType
 from tuneward_trainer import checkpoint, endings, evaluate, memory, mfu, parent, proof, rundir, served, whole
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
-from tuneward_trainer.distributed import Crew, Gang
+from tuneward_trainer.distributed import Crew, Gang, be_deterministic
 from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import Loss, cross_entropy
@@ -144,6 +144,8 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     reporter.update(phase="Loading", steps=prepared.hyperparameters.steps)
     training = Documents.open(data_dir / TRAINING)
     validation = Documents.open(data_dir / VALIDATION) if (data_dir / VALIDATION).is_dir() else None
+    if (hyper := plan.request.spec.hyperparameters) is not None and hyper.deterministic:
+        be_deterministic()
     gang = replace(gang, together=prepared.method.type == "Full")
     engine = whole_engine(plan, model_dir, gang, training) if gang.together else adapted_engine(plan, model_dir, run, gang)
     choice = rows_of(plan, model_dir, gang)
