@@ -18,8 +18,8 @@ LABEL_LAUNCH: Final = f"{GROUP}/launch"
 LABEL_SERVER: Final = f"{GROUP}/server"
 """On a FineTunedModel: the ModelServer of the same namespace that shall serve it."""
 LABEL_SERVER_UID: Final = f"{GROUP}/server-uid"
-LABEL_STORE: Final = f"{GROUP}/store"
-"""Only on pods whose store one node at a time can mount."""
+LABEL_CLAIM: Final = f"claim.{GROUP}"
+"""Prefix of labels that name a claim. Only on pods of claims that one node at a time can mount."""
 LABEL_MANAGED_BY: Final = "app.kubernetes.io/managed-by"
 ANNOTATION_WANTED: Final = f"{GROUP}/wanted-digest"
 """Bumped on a server's pods: a changed ConfigMap alone reaches a pod only after up to 90 s."""
@@ -90,6 +90,10 @@ def fits_name(name: str, limit: int) -> bool:
     allowed = frozenset("abcdefghijklmnopqrstuvwxyz0123456789-")
     fits = bool(name) and len(name) <= limit and set(name) <= allowed
     return fits and name[0].isalpha() and not name.endswith("-")
+
+
+def claim_label(claim: str) -> str:
+    return f"{LABEL_CLAIM}/{hashed(claim)}"
 
 
 def run_directory(job_name: str, job_uid: str) -> str:

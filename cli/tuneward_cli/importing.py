@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuneward_api import manifest
-from tuneward_api.names import DEFAULT_STORE_CLAIM, LABEL_ROLE, ExitCode, hashed
+from tuneward_api.names import DEFAULT_STORE_CLAIM, LABEL_ROLE, ExitCode, claim_label, hashed
 from tuneward_cli import receive
 from tuneward_cli.errors import CommandError, RefusedError
 from tuneward_cli.kube import CLAIMS, PODS, Kind, Kube
@@ -147,15 +147,19 @@ def store_claim(settings: Mapping[str, str]) -> dict[str, Any]:
 
 def pod(name: str, settings: Mapping[str, str], image: str = "") -> dict[str, Any]:
     """Mounts the store and waits; as restricted as a job's own pods, and the same user."""
+    held = {claim_label(DEFAULT_STORE_CLAIM): ""}
+    together = {"labelSelector": {"matchLabels": held}, "topologyKey": "kubernetes.io/hostname"}
     user, group = (int(settings.get(key) or 65532) for key in ("TUNEWARD_RUN_AS_USER", "TUNEWARD_FS_GROUP"))
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
             "name": hashed(f"tuneward-import-{name.lower().replace('_', '-').replace('.', '-')}"),
-            "labels": {LABEL_ROLE: "import"},
+            "labels": {LABEL_ROLE: "import", **held},
         },
         "spec": {
+            # Of a store that one node at a time can mount, all pods carry this label; of others only those like this one.
+            "affinity": {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [together]}},
             "restartPolicy": "Never",
             "activeDeadlineSeconds": 6 * 3600,
             "terminationGracePeriodSeconds": 1,

@@ -13,10 +13,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 from tuneward_api.names import LABEL_JOB
+from tuneward_operator.build_server import SERVER
 from tuneward_operator.cache import Cache, ObjectKey
 from tuneward_operator.health import Metrics
 from tuneward_operator.kube import (
     CLAIMS,
+    CONFIGMAPS,
     DEPLOYMENTS,
     FINETUNEDMODELS,
     FINETUNEJOBS,
@@ -25,6 +27,8 @@ from tuneward_operator.kube import (
     NODES,
     OWN_KINDS,
     PODS,
+    SERVICES,
+    WORKLOADS,
     ApiError,
     Kube,
     Object,
@@ -42,12 +46,15 @@ from tuneward_operator.views import (
     PodView,
     ResourceView,
     View,
+    WorkloadView,
     claim_view,
     deployment_view,
     job_view,
     node_view,
+    plain_view,
     pod_view,
     resource_view,
+    workload_view,
 )
 
 
@@ -64,6 +71,10 @@ class Caches:
     nodes: Cache[NodeView] = field(default_factory=Cache)
     claims: Cache[ClaimView] = field(default_factory=Cache)
     deployments: Cache[DeploymentView] = field(default_factory=Cache)
+    services: Cache[View] = field(default_factory=Cache)
+    configmaps: Cache[View] = field(default_factory=Cache)
+    """Of these two only what a server is made of."""
+    workloads: Cache[WorkloadView] = field(default_factory=Cache)
     finetunejobs: Cache[ResourceView] = field(default_factory=Cache)
     models: Cache[ResourceView] = field(default_factory=Cache)
     servers: Cache[ResourceView] = field(default_factory=Cache)
@@ -76,6 +87,9 @@ class Caches:
             NODES.kind: (self.nodes, node_view),
             CLAIMS.kind: (self.claims, claim_view),
             DEPLOYMENTS.kind: (self.deployments, deployment_view),
+            SERVICES.kind: (self.services, plain_view),
+            CONFIGMAPS.kind: (self.configmaps, plain_view),
+            WORKLOADS.kind: (self.workloads, workload_view),
             FINETUNEJOBS.kind: (self.finetunejobs, resource_view),
             FINETUNEDMODELS.kind: (self.models, resource_view),
             MODELSERVERS.kind: (self.servers, resource_view),
@@ -95,8 +109,9 @@ class App:
     board: Board = field(default_factory=Board)
     serving: dict[ObjectKey, Serving] = field(default_factory=dict)
     """By server: what its last pass found, for the passes of its models."""
-    applied: dict[tuple[str, str], str] = field(default_factory=dict)
-    """By uid of a server and kind: digest of what was applied last, so that a pass without news writes nothing."""
+    applied: dict[tuple[str, str], tuple[str, int]] = field(default_factory=dict)
+    """By uid of a server and kind: digest of what was applied last and the version that this made, so that a pass without
+    news writes nothing, and one that finds another version, or none, does."""
     now: Callable[[], datetime] = utc_now
     deaf: set[str] = field(default_factory=set)
     """Kinds of ours whose watch missed a change; only a restart heals it."""
@@ -127,8 +142,12 @@ class App:
         elif resource == MODELSERVERS:
             for model in self.caches.models.owned(value.key):
                 self.queue.add(Key(FINETUNEDMODELS.kind, *model.key))
-        elif resource in (JOBS, PODS, DEPLOYMENTS) and value.owner is not None:
+        elif resource in (JOBS, PODS, DEPLOYMENTS, SERVICES, CONFIGMAPS) and value.owner is not None:
             self.queue.add(Key(owner_kind(value), *value.owner))
+        elif resource == WORKLOADS and value.owner is not None:
+            job = self.caches.jobs.get(*value.owner)
+            if job is not None and job.owner is not None:
+                self.queue.add(Key(owner_kind(job), *job.owner))
 
     def _model_changed(self, value: View) -> None:
         if value.owner is not None:
@@ -197,7 +216,9 @@ class App:
         cached = self.caches.of(kind)
         if cached is not None:
             cache, project = cached
-            cache.put(project(found))
+            value = project(found)
+            if kind not in (SERVICES.kind, CONFIGMAPS.kind) or value.role == SERVER:
+                cache.put(value)
 
 
 def owner_kind(value: View) -> str:

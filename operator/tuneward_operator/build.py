@@ -61,8 +61,10 @@ class Owner:
     spec: FineTuneJobSpec
     labels: dict[str, str]
     annotations: dict[str, str]
-    one_node: bool = False
-    """Its store is on one node at a time (ReadWriteOnce)."""
+    held: tuple[str, ...] = ()
+    """Its claims that one node at a time can mount (ReadWriteOnce), the store first, then the base model's."""
+    gang_held: str = ""
+    """The first of them that its workers mount; empty: none."""
 
     @property
     def queue(self) -> str | None:
@@ -165,6 +167,27 @@ def gang_service(owner: Owner) -> Object:
             "publishNotReadyAddresses": True,
             "selector": {LABEL_JOB_UID: owner.uid, LABEL_ROLE: ATTEMPT},
             "ports": [{"name": "progress", "port": TRAINER_PORT}],
+        },
+    }
+
+
+def gang_policy(owner: Owner, settings: Settings) -> Object:
+    """Workers trust whoever reaches their ports: that is each other, and for progress the operator and scrapers. Of what is
+    outside they need names alone, or everything where a tracker may be anywhere."""
+    gang = {"podSelector": {"matchLabels": {LABEL_JOB_UID: owner.uid, LABEL_ROLE: ATTEMPT}}}
+    named = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": list(settings.network_policy_namespaces)}
+    readers = {"namespaceSelector": {"matchExpressions": [named]}}
+    names = [{"port": 53, "protocol": protocol} for protocol in ("UDP", "TCP")]
+    trackers = owner.spec.trackers.asked() if owner.spec.trackers is not None else {}
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": _metadata(owner, gang_name(owner.name), ATTEMPT),
+        "spec": {
+            **gang,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [{"from": [gang]}, {"from": [readers], "ports": [{"port": TRAINER_PORT, "protocol": "TCP"}]}],
+            "egress": [{}] if trackers else [{"to": [gang]}, {"ports": names}],
         },
     }
 
@@ -315,8 +338,7 @@ def _job(owner: Owner, name: str, labels: dict[str, str], spec: Object) -> Objec
     metadata = _metadata(owner, name, labels[LABEL_ROLE])
     metadata["labels"] = labels
     template: Object = {"metadata": {"labels": dict(labels), "annotations": dict(POD_ANNOTATIONS)}, "spec": spec}
-    if owner.one_node:
-        template = beside(template, owner.store_claim)
+    template = beside(template, owner.held)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -327,8 +349,8 @@ def _job(owner: Owner, name: str, labels: dict[str, str], spec: Object) -> Objec
 
 def _helper_job(owner: Owner, role: str, main: Object, mounts: Mounts, settings: Settings) -> Object:
     spec = pod_spec(main, mounts, settings)
-    if owner.one_node:
-        # The store must be where the workers can follow.
+    if owner.gang_held:
+        # A volume that binds here must be where the workers can follow.
         spec |= _where_workers_go(owner.spec)
     return _job(owner, helper_name(owner.name, role), _labels(owner, role), spec)
 

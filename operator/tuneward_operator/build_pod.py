@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from tuneward_api.names import LABEL_STORE, hashed
+from tuneward_api.names import claim_label
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings
 
@@ -97,14 +97,17 @@ def security(settings: Settings) -> Object:
     return found
 
 
-def beside(template: Object, claim: str) -> Object:
-    """The pod template, kept on the node of all other pods that use the claim: a ReadWriteOnce volume is on one node at a
-    time, and nothing in Kubernetes itself keeps its pods together. The first may go to any: a pod that matches its own
-    term waits for nobody."""
-    store = {LABEL_STORE: hashed(claim)}
-    term = {"labelSelector": {"matchLabels": store}, "topologyKey": "kubernetes.io/hostname"}
-    template["metadata"]["labels"] |= store
-    template["spec"]["affinity"] = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
+def beside(template: Object, held: Sequence[str]) -> Object:
+    """The pod template, kept on the node of all other pods that use the first of its claims that is `held`: a ReadWriteOnce
+    volume is on one node at a time, and nothing in Kubernetes itself keeps its pods together. The first pod may go
+    to any: it matches its own term, and so waits for nobody. One term, since of several only pods that match all count."""
+    volumes = template["spec"]["volumes"]
+    mounted = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes if "persistentVolumeClaim" in volume}
+    labels = [claim_label(claim) for claim in held if claim in mounted]
+    if labels:
+        template["metadata"]["labels"] |= dict.fromkeys(labels, "")
+        term = {"labelSelector": {"matchLabels": {labels[0]: ""}}, "topologyKey": "kubernetes.io/hostname"}
+        template["spec"]["affinity"] = {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
     return template
 
 

@@ -58,8 +58,8 @@ class Server:
     name: str
     uid: str
     spec: ModelServerSpec
-    one_node: bool = False
-    """Its store is on one node at a time (ReadWriteOnce)."""
+    held: tuple[str, ...] = ()
+    """Its claims that one node at a time can mount (ReadWriteOnce), the store first."""
 
     @property
     def store_claim(self) -> str:
@@ -276,4 +276,4 @@ def _template(server: Server, role: str, spec: Object) -> Object:
         "metadata": {"labels": _labels(server, role), "annotations": dict(POD_ANNOTATIONS)},
         "spec": spec,
     }
-    return beside(template, server.store_claim) if server.one_node else template
+    return beside(template, server.held)

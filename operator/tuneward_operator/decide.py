@@ -17,9 +17,9 @@ from tuneward_api.failures import DEFAULT_RETRIES, Failure, with_values
 from tuneward_api.files import FinishedAdapter, FinishReport, PrepareReport
 from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus, ModelStatus, RunPolicy
 from tuneward_api.names import DEFAULT_STORE_CLAIM
+from tuneward_operator import build, waiting
 from tuneward_operator import gang as gangs
 from tuneward_operator import status as texts
-from tuneward_operator.build import model_name
 from tuneward_operator.observe import Gang, Helper, Seen
 from tuneward_operator.settings import Settings
 from tuneward_operator.status import Say, stamp
@@ -132,30 +132,30 @@ def _go_on(context: Context) -> Decision:
 
 
 def _prepare(context: Context) -> Decision:
-    seen, spec = context.seen, context.seen.owner.spec
+    seen = context.seen
     context = context.with_status(accepted_at=context.status.accepted_at or stamp(context.now))
     claim = seen.owner.store_claim
     if seen.claim_missing and claim != DEFAULT_STORE_CLAIM:
         message = f"PersistentVolumeClaim {claim} (spec.store.claimName) does not exist in this namespace; create it"
         say = Say(phase=Phase.PENDING, reason=Reason.INPUT_MISSING, message=message, at_rest=False, stalled=True)
         return context.say(say, wake=LOOK_AGAIN_SECONDS)
-    if seen.owner.one_node and seen.owner.replicas > 1 and (seen.nodes or 1) > 1:
+    if seen.owner.gang_held and seen.owner.replicas > 1 and (seen.nodes or 1) > 1:
         message = (
-            f"PersistentVolumeClaim {claim} can be mounted on one node only (ReadWriteOnce) and spec.workers.replicas is "
-            f"{spec.workers.replicas if spec.workers else 1}; use a ReadWriteMany claim or one worker"
+            f"PersistentVolumeClaim {seen.owner.gang_held} can be mounted on one node only (ReadWriteOnce) and "
+            f"spec.workers.replicas is {seen.owner.replicas}; use a ReadWriteMany claim or one worker"
         )
         return _end(context, Phase.FAILED, Reason.CONFIG_INVALID, message)
-    helper = seen.prepare
-    if helper is None and seen.parent_problem:
-        # Once prepare runs, all that is needed of the parent is in the request.
-        say = Say(phase=Phase.PENDING, reason=Reason.INPUT_MISSING, message=seen.parent_problem, at_rest=False, stalled=True)
+    helper = waiting.judged(seen.prepare, build.PREPARE, context.now, context.policy)
+    if helper is None and seen.input_problem:
+        # Once prepare runs, it says itself what it cannot read; all that it needs of a parent is in the request.
+        say = Say(phase=Phase.PENDING, reason=Reason.INPUT_MISSING, message=seen.input_problem, at_rest=False, stalled=True)
         return context.say(say, wake=LOOK_AGAIN_SECONDS)
     if helper is not None and helper.ended and not context.status.retry_at:
         return _prepared(context, helper)
     validating = Say(
         phase=Phase.VALIDATING,
         reason=Reason.VALIDATING,
-        message=_helper_message("checking the model and the data on a CPU", helper),
+        message=_helper_message(context, "checking the model and the data on a CPU", helper),
     )
     return _run_helper(context, helper, Step.PREPARE, validating)
 
@@ -180,7 +180,7 @@ def _run_helper(context: Context, helper: Helper | None, step: Step, say: Say) -
     if helper is not None and (helper.ended or helper.job.deleting_since is not None):
         return context.say(_restarting(context, say), delete=_living([helper.job]), wake=LOOK_AGAIN_SECONDS)
     if helper is not None:
-        return context.with_status(retry_at=None).say(say)
+        return context.with_status(retry_at=None).say(say, wake=waiting.next_look(helper, context.now, context.policy))
     left = _until_retry(context)
     if left > 0:
         return context.say(_restarting(context, say), wake=left)
@@ -195,8 +195,9 @@ def _restarting(context: Context, say: Say) -> Say:
     return Say(phase=phase, reason=Reason.RESTARTING, message=context.seen.status.message or say.message, at_rest=False)
 
 
-def _helper_message(doing: str, helper: Helper | None) -> str:
-    return f"{doing}; its pod waits: {helper.waits_for}" if helper is not None and helper.waits_for else doing
+def _helper_message(context: Context, doing: str, helper: Helper | None) -> str:
+    why = waiting.why(helper, context.now) if helper is not None else ""
+    return f"{doing}; {why}" if why else doing
 
 
 # Training
@@ -220,6 +221,7 @@ def _train(context: Context) -> Decision:
         message = (
             f"waiting for quota in queue {queue}" if queue else "its Job is suspended; something else than Tuneward did it"
         )
+        message += f": {gang.queue_says}" if gang.queue_says else ""
         return context.say(Say(phase=Phase.QUEUED, reason=Reason.WAITING_FOR_QUOTA, message=message))
     return _with_gang(context, gang)
 
@@ -227,8 +229,10 @@ def _train(context: Context) -> Decision:
 def _with_gang(context: Context, gang: Gang) -> Decision:
     replicas = context.seen.owner.replicas
     if not gangs.running(gang, replicas):
-        say = Say(phase=Phase.STARTING, reason=Reason.WAITING_FOR_PODS, message=gangs.start_message(gang, replicas))
-        return context.say(say, wake=gangs.start_left(gang, context.now, context.policy))
+        say = Say(
+            phase=Phase.STARTING, reason=Reason.WAITING_FOR_PODS, message=gangs.start_message(gang, replicas, context.now)
+        )
+        return context.say(say, wake=gangs.next_look(gang, context.now, context.policy))
     stale = gangs.stale(gang.leader, context.now, context.settings.stale_seconds)
     workers = "1 worker" if replicas == 1 else f"{replicas} workers"
     message = f"training on {workers}"
@@ -338,10 +342,10 @@ def _until_retry(context: Context) -> float:
 
 
 def _register(context: Context) -> Decision:
-    helper = context.seen.finish
+    helper = waiting.judged(context.seen.finish, build.FINISH, context.now, context.policy)
     if helper is not None and helper.ended and not context.status.retry_at:
         return _finished(context, helper)
-    message = _helper_message("checking and filing the trained adapter", helper)
+    message = _helper_message(context, "checking and filing the trained adapter", helper)
     registering = Say(phase=Phase.REGISTERING, reason=Reason.REGISTERING, message=message)
     if helper is None and _until_retry(context) <= 0:
         if not context.seen.plan_sought:
@@ -363,7 +367,7 @@ def _finished(context: Context, helper: Helper) -> Decision:
         return _without_plan(context)
     adapter = report.adapter
     model = ModelStatus(
-        name=model_name(context.seen.owner, adapter.digest),
+        name=build.model_name(context.seen.owner, adapter.digest),
         served_name=adapter.served_name,
         digest=adapter.digest,
         validation_loss_before=adapter.metrics.validation_loss_before,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from tuneward_api.conditions import FailureClass, Phase, Reason
 from tuneward_api.failures import Failure, classify
 from tuneward_api.finetunejob import RunPolicy
+from tuneward_operator import waiting
 from tuneward_operator.observe import Gang, Seen, Worker, disrupted
 from tuneward_operator.views import JobView
 
-DEFAULT_START_SECONDS: Final = 1800
 DEFAULT_HANG_SECONDS: Final = 1800
 MAX_WAIT_REASON: Final = 300
 
@@ -59,12 +59,8 @@ def failure(gang: Gang, now: datetime, policy: RunPolicy, replicas: int) -> Fail
         return min((_telling(worker, replicas) for worker in lost), key=lambda found: found[0])[1]
     if gang.outcome == "Failed":
         return classify(exit_code=None)
-    if not gang.suspended and not running(gang, replicas) and start_left(gang, now, policy) <= 0:
-        return Failure(
-            failure_class=FailureClass.INFRASTRUCTURE,
-            reason=Reason.START_TIMEOUT,
-            sentence=f"the gang did not start within {_start_seconds(policy)} s ({start_message(gang, replicas)})",
-        )
+    if not gang.suspended and not running(gang, replicas) and waiting.start_left(gang.job, now, policy) <= 0:
+        return waiting.too_late("the gang", start_message(gang, replicas, now), policy, resources="spec.workers.resources")
     return _hang(gang.leader, policy)
 
 
@@ -96,22 +92,20 @@ def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:
     return (1 if disruption and not said else _TELLING.get(known.failure_class, 0)), known
 
 
-def start_message(gang: Gang, replicas: int) -> str:
+def start_message(gang: Gang, replicas: int, now: datetime) -> str:
     up = sum(worker.phase in ("Running", "Succeeded") for worker in gang.workers)
     why = next(
         (worker.message or worker.reason for worker in gang.workers if worker.phase == "Pending" and worker.message), ""
     )
+    if not gang.workers:
+        why = waiting.no_pod(gang.job, now)
     return f"{up} of {replicas} workers run" + (f"; {why[:MAX_WAIT_REASON]}" if why else "")
 
 
-def start_left(gang: Gang, now: datetime, policy: RunPolicy) -> float:
-    """Seconds until the gang has taken too long; counted from its admission."""
-    began = gang.started_at or gang.job.created_at or now
-    return (began + timedelta(seconds=_start_seconds(policy)) - now).total_seconds()
-
-
-def _start_seconds(policy: RunPolicy) -> int:
-    return policy.start_timeout_seconds or DEFAULT_START_SECONDS
+def next_look(gang: Gang, now: datetime, policy: RunPolicy) -> float:
+    """Seconds until the clock alone may change what is said of a gang that starts."""
+    left = waiting.start_left(gang.job, now, policy)
+    return left if gang.workers else min(left, waiting.NO_POD_SECONDS)
 
 
 def stale(leader: Worker | None, now: datetime, after: float) -> bool:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, Generic, TypeVar
 
 import aiohttp
@@ -28,10 +28,13 @@ WATCH_SECONDS = 290
 IDLE_SECONDS = 90.0
 """Bookmarks come about once a minute: a longer silence is a dead connection."""
 LONGEST_WAIT = 30.0
+ABSENT_SECONDS = 60.0
+"""To the next look for a kind that the cluster does not have."""
 
 
 class Informer(Generic[V]):
-    """`project` makes the slim value of an object; `changed` hears of every value that came, changed or went."""
+    """`project` makes the slim value of an object; `changed` hears of every value that came, changed or went. `find`: of a
+    kind that the cluster may lack, and that nobody waits for, its resource as the cluster has it, or None."""
 
     def __init__(
         self,
@@ -43,6 +46,7 @@ class Informer(Generic[V]):
         *,
         namespace: str | None = None,
         selector: str = "",
+        find: Callable[[], Awaitable[Resource | None]] | None = None,
     ) -> None:
         self.resource = resource
         self.synced = asyncio.Event()
@@ -53,12 +57,17 @@ class Informer(Generic[V]):
         self._changed = changed
         self._namespace = namespace
         self._selector = selector
+        self._find = find
 
     async def run(self) -> None:
         """For ever. Any failure is a list from scratch after a growing, jittered wait."""
         wait = 0.5
         while True:
             try:
+                if not await self._is_there():
+                    self.synced.set()
+                    await asyncio.sleep(ABSENT_SECONDS)
+                    continue
                 version = await self._list()
                 wait = 0.5
                 self.synced.set()
@@ -66,9 +75,18 @@ class Informer(Generic[V]):
                     version = await self._watch(version)
             except (ApiError, aiohttp.ClientError, TimeoutError, OSError, orjson.JSONDecodeError) as error:
                 gone = isinstance(error, ApiError) and error.status == 410
+                if self._find is not None:
+                    self.synced.set()
                 logger.log(logging.INFO if gone else logging.WARNING, "watch of %s: %s", self.resource.plural, error)
                 await asyncio.sleep(0 if gone else wait * random.uniform(0.5, 1.5))
                 wait = min(LONGEST_WAIT, wait * 2)
+
+    async def _is_there(self) -> bool:
+        """Whether the cluster has the kind, of one that it may lack."""
+        found = await self._find() if self._find is not None else self.resource
+        self._alive()
+        self.resource = found or self.resource
+        return found is not None
 
     async def _list(self) -> str:
         found: set[ObjectKey] = set()

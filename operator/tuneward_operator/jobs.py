@@ -9,7 +9,7 @@ from dataclasses import replace
 from tuneward_api.conditions import FINAL_PHASES, Phase, Reason
 from tuneward_api.files import Plan, PrepareReport, Request
 from tuneward_api.names import LABEL_JOB_UID, LABEL_SERVER
-from tuneward_operator import build
+from tuneward_operator import build, inputs
 from tuneward_operator import status as texts
 from tuneward_operator.app import App
 from tuneward_operator.decide import Decision, Step, decide
@@ -38,6 +38,9 @@ async def reconcile(app: App, key: Key) -> float | None:
     decision = decide(seen, now, app.settings)
     if decision.needs_plan:
         seen = replace(seen, plan=await find_plan(app, seen), plan_sought=True)
+        decision = decide(seen, now, app.settings)
+    if decision.step == Step.PREPARE:
+        seen = replace(seen, input_problem=await missing_configmap(app, seen))
         decision = decide(seen, now, app.settings)
     try:
         if not await ensure(app, view, seen, decision):
@@ -79,6 +82,8 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
         await make(app, build.prepare_job(owner, request, settings))
     elif decision.step == Step.LAUNCH and plan is not None:
         await make(app, build.gang_service(owner))
+        if settings.network_policy_namespaces:
+            await make(app, build.gang_policy(owner, settings))
         await make(app, build.attempt_job(owner, plan, decision.launch, settings))
     elif decision.step == Step.FINISH and plan is not None:
         await make(app, build.finish_job(owner, plan, settings))
@@ -117,6 +122,14 @@ async def find_plan(app: App, seen: Seen) -> Plan | None:
         return None
     found = await make(app, build.plan_configmap(owner, Plan(request=request, prepared=report.prepared)))
     return parse(Plan, found["data"]["plan.json"])
+
+
+async def missing_configmap(app: App, seen: Seen) -> str:
+    """A sentence about the first that the data is in and that is not there; empty: all are. They are too many to watch."""
+    for name, field in inputs.configmaps(inputs.inputs_of(seen.owner.spec, seen.parent)).items():
+        if await app.kube.get(CONFIGMAPS, seen.owner.namespace, name) is None:
+            return inputs.missing("ConfigMap", name, field)
+    return ""
 
 
 async def _document(app: App, seen: Seen, document: str) -> str:

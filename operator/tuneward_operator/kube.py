@@ -51,12 +51,16 @@ CONFIGMAPS = Resource("v1", "ConfigMap", "configmaps")
 SERVICES = Resource("v1", "Service", "services")
 EVENTS = Resource("v1", "Event", "events")
 DEPLOYMENTS = Resource("apps/v1", "Deployment", "deployments")
+NETWORKPOLICIES = Resource("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
+WORKLOADS = Resource("kueue.x-k8s.io/v1beta1", "Workload", "workloads")
+"""Kueue's; in which version a cluster has them, if it has, is asked."""
 FINETUNEJOBS = Resource(API_VERSION, "FineTuneJob", "finetunejobs")
 FINETUNEDMODELS = Resource(API_VERSION, "FineTunedModel", "finetunedmodels")
 MODELSERVERS = Resource(API_VERSION, "ModelServer", "modelservers")
 OWN_KINDS = (FINETUNEJOBS, FINETUNEDMODELS, MODELSERVERS)
 RESOURCES = {
-    resource.kind: resource for resource in (JOBS, PODS, CLAIMS, CONFIGMAPS, SERVICES, EVENTS, DEPLOYMENTS, *OWN_KINDS)
+    resource.kind: resource
+    for resource in (JOBS, PODS, CLAIMS, CONFIGMAPS, SERVICES, EVENTS, DEPLOYMENTS, NETWORKPOLICIES, *OWN_KINDS)
 }
 
 
@@ -129,6 +133,16 @@ class Kube:
             if error.status == 404:
                 return None
             raise
+
+    async def served(self, resource: Resource) -> Resource | None:
+        """In the version that the API server prefers of its group; None: it has no such group."""
+        try:
+            group = await self._json("GET", f"/apis/{resource.api_version.split('/')[0]}")
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+        return resource._replace(api_version=group["preferredVersion"]["groupVersion"])
 
     async def create(self, body: Object) -> tuple[Object | None, bool]:
         """POST once. (object, True), or (what is there, False) where the name is taken; (None, False): taken, then gone."""

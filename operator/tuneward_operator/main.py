@@ -16,9 +16,11 @@ import kopf
 from tuneward_api.names import LABEL_MANAGED_BY, LABEL_ROLE
 from tuneward_operator import handlers, health, jobs, logs, models, servers, sweep
 from tuneward_operator.app import App
+from tuneward_operator.build_server import SERVER
 from tuneward_operator.informer import Informer
 from tuneward_operator.kube import (
     CLAIMS,
+    CONFIGMAPS,
     DEPLOYMENTS,
     FINETUNEDMODELS,
     FINETUNEJOBS,
@@ -26,6 +28,8 @@ from tuneward_operator.kube import (
     MODELSERVERS,
     NODES,
     PODS,
+    SERVICES,
+    WORKLOADS,
     ApiError,
     Kube,
     Resource,
@@ -86,7 +90,16 @@ async def operate(settings: Settings, stop: asyncio.Event | None = None) -> None
 
 def children(app: App) -> list[Informer[Any]]:
     """One informer a kind and namespace. Nodes belong to the cluster: with Roles only, nobody may list them."""
-    kinds = [(JOBS, OURS), (PODS, f"{OURS},{LABEL_ROLE}"), (DEPLOYMENTS, OURS), (CLAIMS, "")]
+    of_servers = f"{OURS},{LABEL_ROLE}={SERVER}"
+    kinds = [
+        (JOBS, OURS),
+        (PODS, f"{OURS},{LABEL_ROLE}"),
+        (DEPLOYMENTS, OURS),
+        (SERVICES, of_servers),
+        (CONFIGMAPS, of_servers),
+        (CLAIMS, ""),
+        (WORKLOADS, ""),
+    ]
     found = [
         _informer(app, resource, selector, namespace)
         for namespace in app.settings.namespaces or (None,)
@@ -107,6 +120,7 @@ def _informer(app: App, resource: Resource, selector: str, namespace: str | None
         lambda value: app.changed(resource, value),
         namespace=namespace,
         selector=selector,
+        find=(lambda: app.kube.served(resource)) if resource == WORKLOADS else None,
     )
 
 

@@ -19,12 +19,13 @@ from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.finetunejob import FineTuneJobSpec, FineTuneJobStatus
 from tuneward_api.names import GRACE_PERIOD_SECONDS, LABEL_JOB_UID, LABEL_SERVER
 from tuneward_api.uris import parse_uri
+from tuneward_operator import inputs
 from tuneward_operator.app import Caches
 from tuneward_operator.build import ATTEMPT, FINISH, PREPARE, Owner
 from tuneward_operator.cache import Cache, ObjectKey
 from tuneward_operator.poll import Board, Heard
 from tuneward_operator.tolerant import parse, tolerant
-from tuneward_operator.views import JobView, NodeView, PodView, ResourceView
+from tuneward_operator.views import JobView, NodeView, PodView, ResourceView, WorkloadView
 
 NODE_GRACE = timedelta(seconds=GRACE_PERIOD_SECONDS + 60)
 """A node that was silent for so long runs none of our processes that could still write a checkpoint in its grace."""
@@ -82,6 +83,8 @@ class Gang:
     suspended: bool
     started_at: datetime | None
     workers: tuple[Worker, ...]
+    queue_says: str = ""
+    """Why its queue lets it wait."""
 
     @property
     def leader(self) -> Worker | None:
@@ -105,6 +108,13 @@ class Helper:
     failure: Failure
     """What ended it, where it ended without saying Done."""
     waits_for: str
+    """What its pod says while it does not run."""
+    pod_phase: str = ""
+    """Empty: there is no pod."""
+
+    def over(self, failure: Failure) -> Helper:
+        """The same, given up."""
+        return replace(self, ended=True, failure=failure)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,8 +147,8 @@ class Seen:
     nodes: int | None = None
     parent: Parent | None = None
     """The model that the job goes on from (spec.model.uri model://NAME)."""
-    parent_problem: str = ""
-    """Why it cannot go on from it now; empty: it can, or it needs none."""
+    input_problem: str = ""
+    """Why what it reads cannot be read now; empty: it can."""
     plan: Plan | None = None
     plan_sought: bool = False
     model_server: str | None = None
@@ -157,23 +167,26 @@ def observe(view: ResourceView, caches: Caches, board: Board, now: datetime) -> 
     workers = tuple(_worker(pod, caches.nodes, board, now) for pod in pods if pod.role == ATTEMPT)
     attempts = tuple(job for job in jobs if job.role == ATTEMPT)
     model = caches.models.get(view.namespace, status.model.name) if status.model is not None else None
-    claim = caches.claims.get(view.namespace, owner.store_claim)
     parent, problem = parent_of(owner, caches.models)
+    sources = [*inputs.inputs_of(owner.spec, parent)]
+    claims = {name: caches.claims.get(view.namespace, name) for name in inputs.claims(sources, owner.store_claim)}
+    there = {name for name, claim in claims.items() if claim is not None}
+    held = tuple(name for name, claim in claims.items() if claim is not None and claim.one_node)
     return Seen(
-        owner=replace(owner, one_node=claim is not None and claim.one_node),
+        owner=replace(owner, held=held, gang_held=inputs.of_gang(held, sources, owner.store_claim)),
         generation=view.generation,
         status=status,
         refusal=refusal,
         prepare=helper_of(PREPARE, jobs, pods, PrepareReport),
         finish=helper_of(FINISH, jobs, pods, FinishReport),
-        gang=_gang((status.launches or 0) + 1, attempts, pods, workers),
+        gang=_gang((status.launches or 0) + 1, attempts, pods, workers, caches.workloads),
         workers=workers,
         attempts=attempts,
         helpers_left=any(pod.role != ATTEMPT and pod.phase in ("Pending", "Running") for pod in pods),
-        claim_missing=claim is None,
+        claim_missing=owner.store_claim not in there,
         nodes=len(caches.nodes) or None,
         parent=parent,
-        parent_problem=problem,
+        input_problem=problem or inputs.missing_claim(sources, owner.store_claim, there),
         model_server=model.labels.get(LABEL_SERVER, "") if model is not None else None,
         served=_served(model),
     )
@@ -266,7 +279,13 @@ def _lost(pod: PodView, nodes: Cache[NodeView], now: datetime) -> bool:
     return not node.ready and node.ready_since is not None and now - node.ready_since > NODE_GRACE
 
 
-def _gang(launch: int, attempts: tuple[JobView, ...], pods: list[PodView], workers: tuple[Worker, ...]) -> Gang | None:
+def _gang(
+    launch: int,
+    attempts: tuple[JobView, ...],
+    pods: list[PodView],
+    workers: tuple[Worker, ...],
+    workloads: Cache[WorkloadView],
+) -> Gang | None:
     job = next((found for found in attempts if found.launch == launch), None)
     if job is None:
         return None
@@ -277,6 +296,7 @@ def _gang(launch: int, attempts: tuple[JobView, ...], pods: list[PodView], worke
         if pod.owner_uid == job.uid
         and not (job.started_at is not None and pod.created_at is not None and pod.created_at < job.started_at)
     }
+    said = [workload.message for workload in workloads.owned(job.key) if workload.message]
     return Gang(
         job=job,
         launch=launch,
@@ -284,6 +304,7 @@ def _gang(launch: int, attempts: tuple[JobView, ...], pods: list[PodView], worke
         suspended=job.suspended,
         started_at=job.started_at,
         workers=tuple(worker for worker in workers if worker.uid in mine),
+        queue_says=next(iter(said), ""),
     )
 
 
@@ -310,6 +331,7 @@ def helper_of(role: str, jobs: list[JobView], pods: list[PodView], model: type[R
         report=report,
         failure=_failure(role, pod, report),
         waits_for="" if pod is None or pod.phase != "Pending" else pod.message or pod.reason,
+        pod_phase="" if pod is None else pod.phase,
     )
 
 

@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any
 
@@ -17,19 +17,30 @@ from tuneward_api.conditions import ConditionType, Reason
 from tuneward_api.files import AgentReport, Base, FetchReport, canonical_json
 from tuneward_api.modelserver import ModelServerSpec, ModelServerStatus
 from tuneward_api.names import AGENT_PORT, ANNOTATION_WANTED, LABEL_SERVER_UID, MAX_MESSAGE
+from tuneward_api.uris import parse_uri
 from tuneward_operator import build, build_server
 from tuneward_operator.app import App, Caches
 from tuneward_operator.build_server import FETCH, SERVER, BasePlace, Server
 from tuneward_operator.cache import ObjectKey
 from tuneward_operator.events import post_event
-from tuneward_operator.kube import FINETUNEDMODELS, JOBS, MODELSERVERS, RESOURCES, ApiError, Object
+from tuneward_operator.kube import (
+    CONFIGMAPS,
+    DEPLOYMENTS,
+    FINETUNEDMODELS,
+    JOBS,
+    MODELSERVERS,
+    RESOURCES,
+    SERVICES,
+    ApiError,
+    Object,
+)
 from tuneward_operator.observe import Helper, helper_of
 from tuneward_operator.poll import PULL_ERRORS
 from tuneward_operator.queue import Key
 from tuneward_operator.served import Replica, Serving, Verdict, asks_of
 from tuneward_operator.status import make_condition
 from tuneward_operator.tolerant import tolerant
-from tuneward_operator.views import PodView, ResourceView
+from tuneward_operator.views import DeploymentView, PodView, ResourceView, View
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +64,8 @@ class Seen:
     models: tuple[ResourceView, ...] = ()
     claim_missing: bool = False
     nodes: int = 1
-    deployed: bool = True
-    """Whether the cache still has our Deployment: one that was deleted by hand is applied again."""
+    versions: Mapping[str, int] = field(default_factory=dict)
+    """Of what it is made of and is there, by kind: what somebody deleted or changed is applied again."""
 
     @property
     def base(self) -> BasePlace | None:
@@ -93,20 +104,32 @@ def observe(view: ResourceView, caches: Caches) -> Seen:
     server, refusal = read_server(view)
     jobs = [job for job in caches.jobs.owned(view.key) if job.labels.get(LABEL_SERVER_UID) == view.uid]
     pods = [pod for pod in caches.pods.owned(view.key) if pod.labels.get(LABEL_SERVER_UID) == view.uid]
-    claim = caches.claims.get(view.namespace, server.store_claim)
-    deployment = caches.deployments.get(view.namespace, view.name)
+    base = parse_uri(server.spec.model.uri)
+    claims = dict.fromkeys([server.store_claim, *([base.authority] if base.scheme == "pvc" else [])])
+    found = {name: caches.claims.get(view.namespace, name) for name in claims}
     return Seen(
-        server=replace(server, one_node=claim is not None and claim.one_node),
+        server=replace(server, held=tuple(name for name, claim in found.items() if claim is not None and claim.one_node)),
         generation=view.generation,
         status=tolerant(ModelServerStatus, view.status),
         refusal=refusal,
         fetch=helper_of(FETCH, jobs, pods, FetchReport),
         pods=tuple(pod for pod in pods if pod.role == SERVER),
         models=tuple(caches.models.owned(view.key)),
-        claim_missing=claim is None,
+        claim_missing=found[server.store_claim] is None,
         nodes=len(caches.nodes) or 1,
-        deployed=deployment is not None and deployment.labels.get(LABEL_SERVER_UID) == view.uid,
+        versions=versions_of(view, caches),
     )
+
+
+def versions_of(view: ResourceView, caches: Caches) -> dict[str, int]:
+    """A Deployment's is its generation: its version moves with every pod."""
+    found: dict[str, View | None] = {
+        DEPLOYMENTS.kind: caches.deployments.get(view.namespace, view.name),
+        SERVICES.kind: caches.services.get(view.namespace, view.name),
+        CONFIGMAPS.kind: caches.configmaps.get(view.namespace, build_server.adapters_name(view.name)),
+    }
+    ours = {kind: value for kind, value in found.items() if value and value.labels.get(LABEL_SERVER_UID) == view.uid}
+    return {kind: value.generation if isinstance(value, DeploymentView) else value.version for kind, value in ours.items()}
 
 
 def read_server(view: ResourceView) -> tuple[Server, str]:
@@ -129,9 +152,9 @@ async def converge(app: App, view: ResourceView, seen: Seen) -> Found:
     server = seen.server
     if seen.refusal:
         return waiting(seen, Reason.CONFIG_INVALID, seen.refusal), FETCH_AGAIN, None
-    if server.one_node and server.replicas > 1 and seen.nodes > 1:
+    if server.held and server.replicas > 1 and seen.nodes > 1:
         message = (
-            f"PersistentVolumeClaim {server.store_claim} can be mounted on one node only (ReadWriteOnce) and spec.replicas "
+            f"PersistentVolumeClaim {server.held[0]} can be mounted on one node only (ReadWriteOnce) and spec.replicas "
             f"is {server.replicas}; use a ReadWriteMany claim or one replica"
         )
         return waiting(seen, Reason.CONFIG_INVALID, message), FETCH_AGAIN, None
@@ -201,11 +224,12 @@ async def serve(app: App, seen: Seen, base: BasePlace) -> Found:
     server, digest = seen.server, seen.status.base_digest or ""
     serving = Serving(asks=asks_of(server, digest, seen.models))
     wanted = serving.wanted()
-    if not seen.deployed:
-        forget_applied(app, server.uid)
-    await apply(app, server, build_server.adapters_configmap(server, wanted))
-    await apply(app, server, build_server.service(server))
-    await apply(app, server, build_server.deployment(server, base, app.settings))
+    for body in (
+        build_server.adapters_configmap(server, wanted),
+        build_server.service(server),
+        build_server.deployment(server, base, app.settings),
+    ):
+        await apply(app, server, body, seen.versions.get(body["kind"]))
     for pod in seen.pods:
         await bump(app, pod, wanted.digest())
     replicas = await ask_agents(app, seen.ready_pods)
@@ -213,21 +237,17 @@ async def serve(app: App, seen: Seen, base: BasePlace) -> Found:
     return serving, SOON if unsettled(seen, serving) else CALM, None
 
 
-async def apply(app: App, server: Server, body: Object) -> None:
-    """Writes only what differs from what this process applied last, and never over what is another's."""
+async def apply(app: App, server: Server, body: Object, version: int | None) -> None:
+    """Writes only what differs from what this process applied last, or is not any more what that made, and never over what
+    is another's. `version`: of what is there; None: nothing of ours."""
     key, kind, name = (server.uid, body["kind"]), body["kind"], body["metadata"]["name"]
     digest = hashlib.sha256(canonical_json(body).encode()).hexdigest()
-    if app.applied.get(key) == digest:
+    if version is not None and app.applied.get(key) == (digest, version):
         return
-    if key not in app.applied:
+    if version is None or key not in app.applied:
         await refuse_foreign(app, server, await app.kube.get(RESOURCES[kind], server.namespace, name), False)
-    await app.apply(body)
-    app.applied[key] = digest
-
-
-def forget_applied(app: App, uid: str) -> None:
-    for key in [key for key in app.applied if key[0] == uid]:
-        del app.applied[key]
+    metadata = (await app.apply(body))["metadata"]
+    app.applied[key] = digest, int(metadata["generation" if kind == DEPLOYMENTS.kind else "resourceVersion"])
 
 
 async def bump(app: App, pod: PodView, digest: str) -> None:

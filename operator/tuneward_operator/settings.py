@@ -38,6 +38,11 @@ class Settings:
     storage_size: str = _setting("100Gi", "size of stores that the operator makes")
     storage_access_mode: str = _setting("ReadWriteMany", "access mode of stores that the operator makes")
     gpu_resource: str = _setting("nvidia.com/gpu", "name under which nodes offer GPUs")
+    network_policy_namespaces: tuple[str, ...] = _setting(
+        (),
+        "namespaces whose pods may read the workers' progress (the operator's own, Prometheus'), comma-separated; with any, "
+        "each job gets a NetworkPolicy that lets nobody else in; empty: none is made",
+    )
     run_as_user: int = _setting(65532, "uid of all pods; below 0: left to the cluster (OpenShift)")
     fs_group: int = _setting(65532, "group of the volumes; below 0: left to the cluster (OpenShift)")
     worker_cpu: str = _setting("2", "CPU request of a worker that names none")

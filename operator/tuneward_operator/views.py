@@ -117,9 +117,24 @@ class ClaimView(View):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentView(View):
     generation: int
+    """Unlike its version it moves only with what was asked for."""
     observed_generation: int
     replicas: int
     ready_replicas: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkloadView(View):
+    """Kueue's word on a Job."""
+
+    job: str
+    message: str
+    """Why the Job waits; empty: it was let in, or nothing is known."""
+
+    @property
+    def owner(self) -> ObjectKey | None:
+        """The Job."""
+        return ObjectKey(self.namespace, self.job) if self.job else None
 
 
 def _common(item: dict[str, Any]) -> dict[str, Any]:
@@ -133,6 +148,10 @@ def _common(item: dict[str, Any]) -> dict[str, Any]:
         "created_at": instant(metadata.get("creationTimestamp")),
         "deleting_since": instant(metadata.get("deletionTimestamp")),
     }
+
+
+def plain_view(item: dict[str, Any]) -> View:
+    return View(**_common(item))
 
 
 def resource_view(item: dict[str, Any]) -> ResourceView:
@@ -177,6 +196,32 @@ def pod_view(item: dict[str, Any]) -> PodView:
         owner_uid=next((owner["uid"] for owner in owners if owner.get("controller")), ""),
         annotations={key: value for key, value in annotations.items() if key.startswith("tuneward.dev/")},
     )
+
+
+def workload_view(item: dict[str, Any]) -> WorkloadView:
+    owners = item["metadata"].get("ownerReferences") or ()
+    return WorkloadView(
+        **_common(item),
+        job=next((owner["name"] for owner in owners if owner["kind"] == "Job" and owner.get("controller")), ""),
+        message=_why_not_admitted(item),
+    )
+
+
+def _why_not_admitted(item: dict[str, Any]) -> str:
+    """First quota is reserved, and then admission checks have their say."""
+    status = item.get("status", {})
+    conditions = {found["type"]: found for found in status.get("conditions") or ()}
+    if item.get("spec", {}).get("active") is False:
+        return f"Workload {item['metadata']['name']} was deactivated; set its spec.active to true to let it in again"
+    reserved, admitted = conditions.get("QuotaReserved", {}), conditions.get("Admitted", {})
+    if reserved.get("status") != "True":
+        return str(reserved.get("message", ""))
+    if admitted.get("status") == "True":
+        return ""
+    checks = [
+        f"{check['name']}: {check['message']}" for check in status.get("admissionChecks") or () if check.get("message")
+    ]
+    return "; ".join(checks) or str(admitted.get("message", ""))
 
 
 def _container(status: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

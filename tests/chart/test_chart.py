@@ -72,6 +72,15 @@ class TestChart:
         assert {crd["metadata"]["annotations"]["helm.sh/resource-policy"] for crd in crds} == {"keep"}
         assert len(crds) == 3
 
+    def test_policies_name_this_namespace_and_the_scrapers(self, tmp_path: Path) -> None:
+        flags = ("--set", "networkPolicy.enabled=true", "--set", "networkPolicy.scrapers={monitoring}")
+        objects = rendered(tmp_path, *flags)
+        env = one(objects, "Deployment")["spec"]["template"]["spec"]["containers"][0]["env"]
+        value = {"name": "TUNEWARD_NETWORK_POLICY_NAMESPACES", "value": "tuneward-system,monitoring"}
+        assert value in env
+        assert any("networkpolicies" in rule["resources"] for rule in one(objects, "ClusterRole")["rules"])
+        assert not any("networkpolicies" in rule["resources"] for rule in one(rendered(tmp_path), "ClusterRole")["rules"])
+
     def test_openshift_chooses_the_user(self, tmp_path: Path) -> None:
         pod = one(rendered(tmp_path, "--set", "runAsUser=-1", "--set", "fsGroup=-1"), "Deployment")["spec"]["template"][
             "spec"

@@ -116,6 +116,7 @@ def helper(role: str, report: PrepareReport | FinishReport | None = None, *, end
         report=report,
         failure=more.get("failure", classify(exit_code=None)),
         waits_for=more.get("waits_for", ""),
+        pod_phase=more.get("pod_phase", ""),
     )
 
 

@@ -283,6 +283,33 @@ def test_the_service_names_workers_before_they_are_ready() -> None:
     }
 
 
+GANG = {"podSelector": {"matchLabels": {"tuneward.dev/job-uid": UID, "tuneward.dev/role": "attempt"}}}
+POLICED = Settings(network_policy_namespaces=("tuneward-system", "monitoring"))
+
+
+def test_the_gangs_policy_lets_in_the_gang_and_those_who_read_progress() -> None:
+    readers = {"key": "kubernetes.io/metadata.name", "operator": "In", "values": ["tuneward-system", "monitoring"]}
+    assert build.gang_policy(owner(), POLICED) == {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": metadata("bot-gang", "attempt"),
+        "spec": {
+            **GANG,
+            "policyTypes": ["Ingress", "Egress"],
+            "ingress": [
+                {"from": [GANG]},
+                {
+                    "from": [{"namespaceSelector": {"matchExpressions": [readers]}}],
+                    "ports": [{"port": 8787, "protocol": "TCP"}],
+                },
+            ],
+            "egress": [{"to": [GANG]}, {"ports": [{"port": 53, "protocol": "UDP"}, {"port": 53, "protocol": "TCP"}]}],
+        },
+    }
+    tracked = owner(trackers={"mlflow": {"trackingUri": "http://mlflow.ml:5000"}})
+    assert build.gang_policy(tracked, POLICED)["spec"]["egress"] == [{}]
+
+
 def test_the_store_has_no_owner() -> None:
     body = build.store_claim(
         owner(), Settings(storage_class="fast", storage_size="5Gi", storage_access_mode="ReadWriteOnce")

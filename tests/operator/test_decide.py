@@ -31,7 +31,7 @@ from tuneward_api.files import FinishReport
 from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.finetunejob import FineTuneJobStatus
 from tuneward_api.resolved import ResolvedEstimate
-from tuneward_operator import build
+from tuneward_operator import build, waiting
 from tuneward_operator.decide import Decision, Step, decide
 from tuneward_operator.observe import Seen
 
@@ -61,25 +61,25 @@ def test_a_named_claim_that_is_missing_is_waited_for() -> None:
 
 @pytest.mark.parametrize(("nodes", "phase"), [(1, Phase.VALIDATING), (3, Phase.FAILED)])
 def test_several_workers_need_a_claim_for_several_nodes(nodes: int, phase: Phase) -> None:
-    picture = seen(replace(owner(workers={"replicas": 2, "gpusPerWorker": 0}), one_node=True), nodes=nodes)
+    picture = seen(replace(owner(workers={"replicas": 2, "gpusPerWorker": 0}), gang_held="tuneward-store"), nodes=nodes)
     assert decided(picture).status.phase == phase
 
 
 def test_a_job_waits_for_the_model_that_it_goes_on_from() -> None:
     of = owner(model={"uri": "model://elder"})
     problem = "FineTunedModel elder (spec.model.uri) does not exist in this namespace; `kubectl get ftm` lists those"
-    waiting = decided(seen(of, parent_problem=problem))
+    waiting = decided(seen(of, input_problem=problem))
     assert (waiting.step, waiting.status.phase, waiting.status.message) == (None, Phase.PENDING, problem)
     assert truth(waiting, "Stalled") == ("True", "InputMissing")
     assert waiting.wake is not None
     assert decided(seen(of, status=waiting.status)).step == Step.PREPARE
     # What prepare needs of it was pinned before.
     running = helper("prepare", ended=False)
-    assert decided(seen(of, parent_problem=problem, prepare=running)).status.phase == Phase.VALIDATING
-    assert decided(seen(of, parent_problem=problem, prepare=prepared())).needs_plan
-    failed = decided(seen(of, parent_problem=problem, prepare=helper("prepare", failure=classify(exit_code=137))))
+    assert decided(seen(of, input_problem=problem, prepare=running)).status.phase == Phase.VALIDATING
+    assert decided(seen(of, input_problem=problem, prepare=prepared())).needs_plan
+    failed = decided(seen(of, input_problem=problem, prepare=helper("prepare", failure=classify(exit_code=137))))
     assert failed.status.phase == Phase.RECOVERING
-    gone = decided(seen(of, parent_problem=problem, status=failed.status))
+    gone = decided(seen(of, input_problem=problem, status=failed.status))
     assert (gone.step, gone.status.phase, gone.status.message) == (None, Phase.PENDING, problem)
 
 
@@ -218,6 +218,73 @@ def test_a_gang_that_does_not_start_is_taken_down() -> None:
     assert "did not start within 60 s" in (decided(late).status.message or "")
     in_time = accepted(of, status={"phase": "Starting"}, gang=gang(worker(phase="Pending"), started_at=ago(20)))
     assert decided(in_time).wake == 40
+
+
+NO_ROOM = "0/3 nodes are available: 3 Insufficient cpu."
+
+
+def test_a_prepare_that_does_not_start_says_why_and_is_given_up_in_the_end() -> None:
+    of = owner(runPolicy={"startTimeoutSeconds": 90})
+    stuck = helper("prepare", ended=False, pod_phase="Pending", waits_for=NO_ROOM)
+    early = decided(seen(of, prepare=stuck))
+    assert (early.status.phase, early.wake) == (Phase.VALIDATING, 30)
+    assert early.status.message == f"checking the model and the data on a CPU; its pod waits: {NO_ROOM}"
+    late = replace(stuck, job=job("prepare", created_at=ago(91), started_at=ago(91)))
+    first = decided(seen(of, prepare=late))
+    assert (first.status.phase, first.status.retries, first.delete) == (Phase.RECOVERING, {"Infrastructure": 1}, ())
+    assert first.status.message == (
+        f"the prepare pod did not start within 90 s ({NO_ROOM}); make room on a node, or ask for less in the operator's "
+        "TUNEWARD_HELPER_CPU and TUNEWARD_HELPER_MEMORY, or raise spec.runPolicy.startTimeoutSeconds; trying again (1 of 10)"
+    )
+    second = decided(seen(of, prepare=late, status=first.status))
+    assert [found.name for found in second.delete] == ["bot-prepare"]
+    spent = FineTuneJobStatus.model_validate({"phase": "Validating", "retries": {"Infrastructure": 10}})
+    last = decided(seen(of, prepare=late, status=spent))
+    assert truth(last, "Failed") == ("True", "RetriesExhausted")
+    running = replace(late, pod_phase="Running")
+    assert (decided(seen(of, prepare=running)).status.phase, decided(seen(of, prepare=running)).wake) == (
+        Phase.VALIDATING,
+        None,
+    )
+
+
+def test_a_finish_that_does_not_start_is_given_up_too() -> None:
+    stuck = helper("finish", ended=False, pod_phase="Pending", waits_for="ImagePullBackOff: no such image")
+    late = replace(stuck, job=job("finish", created_at=ago(1801), started_at=ago(1801)))
+    decision = decided(accepted(status={"phase": "Registering", "launches": 1}, finish=late))
+    assert (decision.status.phase, decision.status.retries) == (Phase.REGISTERING, {"Infrastructure": 1})
+    assert "check the image's name and its pull Secret" in str(decision.status.message)
+
+
+def test_a_job_of_which_no_pod_is_made_says_where_the_reason_stands() -> None:
+    early = helper("prepare", ended=False)
+    early = replace(early, job=job("prepare", created_at=ago(2), started_at=ago(2)))
+    decision = decided(seen(prepare=early))
+    assert (decision.status.message, decision.wake) == ("checking the model and the data on a CPU", 10)
+    decision = decided(seen(prepare=helper("prepare", ended=False)))
+    assert str(decision.status.message).endswith("Job bot-prepare has no pod; `kubectl describe job bot-prepare` says why")
+    suspended = replace(early, job=job("prepare", suspended=True, created_at=ago(9999), started_at=None))
+    decision = decided(seen(prepare=suspended))
+    assert (decision.status.phase, decision.wake) == (Phase.VALIDATING, None)
+    assert str(decision.status.message).endswith("Job bot-prepare is suspended; something else than Tuneward did it")
+    decision = decided(accepted(status={"phase": "Starting"}, gang=gang()))
+    assert str(decision.status.message).startswith("0 of 1 workers run; Job bot-a1 has no pod;")
+
+
+@pytest.mark.parametrize(
+    ("why", "advice"),
+    [
+        (NO_ROOM, "make room on a node, or ask for less in X"),
+        ("0/1 nodes are available: 1 node(s) had untolerated taint {gpu: true}.", "make the nodes fit spec.workers.node"),
+        ("0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims.", "`kubectl describe pvc`"),
+        ('persistentvolumeclaim "data" not found', "`kubectl describe pvc`"),
+        ("Back-off pulling image ghcr.io/x", "check the image's name and its pull Secret"),
+        ('secret "hf-token" not found', "create what it misses"),
+        ("ContainerCreating", "`kubectl describe pod` says more"),
+    ],
+)
+def test_what_to_change_where_a_pod_does_not_start(why: str, advice: str) -> None:
+    assert advice in waiting.remedy(why, "X")
 
 
 def test_an_attempt_whose_leader_left_a_queued_job_is_over() -> None:

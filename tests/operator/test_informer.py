@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from kubernetes.aio import client as kubernetes_client
 from tuneward_operator import informer as informers
 from tuneward_operator.cache import Cache
 from tuneward_operator.informer import Informer
-from tuneward_operator.kube import CLAIMS, Kube
+from tuneward_operator.kube import CLAIMS, Kube, Resource
 from tuneward_operator.settings import Settings
 from tuneward_operator.views import ClaimView, claim_view
 
@@ -66,7 +66,9 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def informed(server: Server) -> AsyncIterator[tuple[Cache[ClaimView], asyncio.Queue[ClaimView]]]:
+async def informed(
+    server: Server, find: Callable[[], Awaitable[Resource | None]] | None = None
+) -> AsyncIterator[tuple[Cache[ClaimView], asyncio.Queue[ClaimView]]]:
     application = web.Application()
     application.router.add_get("/api/v1/persistentvolumeclaims", server.answer)
     async with TestServer(application) as listening:
@@ -74,7 +76,7 @@ async def informed(server: Server) -> AsyncIterator[tuple[Cache[ClaimView], asyn
         kube = Kube(configuration, Settings())
         cache: Cache[ClaimView] = Cache()
         changes: asyncio.Queue[ClaimView] = asyncio.Queue()
-        informer = Informer(kube, CLAIMS, cache, claim_view, changes.put_nowait, selector="a=b")
+        informer = Informer(kube, CLAIMS, cache, claim_view, changes.put_nowait, selector="a=b", find=find)
         task = asyncio.create_task(informer.run())
         await informer.synced.wait()
         yield cache, changes
@@ -120,6 +122,22 @@ async def test_after_a_410_the_list_notices_what_vanished() -> None:
         assert names(cache) == ["b"]
         # What did not change is no news.
         assert changes.empty()
+
+
+async def test_a_kind_that_the_cluster_lacks_holds_nobody_up_and_is_found_when_it_comes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(informers, "ABSENT_SECONDS", 0.01)
+    server = Server([[claim("a", 1)]])
+    there = asyncio.Event()
+
+    async def find() -> Resource | None:
+        return CLAIMS if there.is_set() else None
+
+    async with informed(server, find) as (cache, changes):
+        assert names(cache) == []
+        there.set()
+        assert (await changes.get()).name == "a"
 
 
 async def test_a_silent_connection_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

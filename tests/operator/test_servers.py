@@ -216,7 +216,7 @@ def test_models_that_no_server_can_serve_say_why(world: World) -> None:
     assert wanted(world).adapters == []
 
 
-def test_what_was_deleted_by_hand_comes_back_and_a_deleted_server_takes_its_children(world: World) -> None:
+def test_what_was_deleted_or_changed_by_hand_comes_back_and_a_deleted_server_takes_its_children(world: World) -> None:
     world.share_operator()
     serve(world)
     fetched(world)
@@ -229,6 +229,13 @@ def test_what_was_deleted_by_hand_comes_back_and_a_deleted_server_takes_its_chil
         what="another Deployment",
         timeout=SECONDS,
     )
+    world.delete("Service", "assistant")
+    world.delete("ConfigMap", "assistant-adapters")
+    for kind, name in (("Service", "assistant"), ("ConfigMap", "assistant-adapters")):
+        world.wait(kind, name)
+    selector = world.get("Service", "assistant")["spec"]["selector"]
+    world.patch("Service", "assistant", {"spec": {"selector": {"tuneward.dev/role": "nothing"}}})
+    wait_for(lambda: world.get("Service", "assistant")["spec"]["selector"] == selector, what="its selector", timeout=SECONDS)
     register(world)
     wait_ready(world, "FineTunedModel", "bot-1", "False", "ServerNotReady")
     world.delete("ModelServer", "assistant")

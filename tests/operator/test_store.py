@@ -9,7 +9,7 @@ from tests.operator.world import World
 from tests.support.api import Object, checked, merge
 from tests.support.wait import wait_for
 
-from tuneward_operator import build
+from tuneward_operator import build, inputs
 
 
 def store_on_one_node(world: World) -> None:
@@ -86,15 +86,59 @@ def affinity(job: Object) -> object:
 
 def test_only_such_a_store_holds_its_pods_together() -> None:
     free = owner(workers={"gpusPerWorker": 0, "nodeSelector": {"disk": "fast"}})
-    held = replace(free, one_node=True)
+    held = replace(free, held=("tuneward-store",), gang_held="tuneward-store")
     jobs = [build.prepare_job(held, plan(held).request, SETTINGS), build.attempt_job(held, plan(held), 1, SETTINGS)]
     term = {
-        "labelSelector": {"matchLabels": {"tuneward.dev/store": "tuneward-store"}},
+        "labelSelector": {"matchLabels": {"claim.tuneward.dev/tuneward-store": ""}},
         "topologyKey": "kubernetes.io/hostname",
     }
     for job in jobs:
         assert affinity(job) == {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
-        assert job["spec"]["template"]["metadata"]["labels"]["tuneward.dev/store"] == "tuneward-store"
+        assert job["spec"]["template"]["metadata"]["labels"]["claim.tuneward.dev/tuneward-store"] == ""
         assert job["spec"]["template"]["spec"]["nodeSelector"] == {"disk": "fast"}
     assert affinity(build.attempt_job(free, plan(free), 1, SETTINGS)) is None
     assert "nodeSelector" not in build.prepare_job(free, plan(free).request, SETTINGS)["spec"]["template"]["spec"]
+
+
+def test_other_claims_hold_the_pods_that_mount_them() -> None:
+    """A model's claim all of them, a data set's claim prepare alone; the term is of the first, the labels are of all."""
+    of = owner(
+        model={"uri": "pvc://models/tiny"},
+        datasets={"training": [{"uri": "pvc://chats/chats.jsonl"}]},
+        workers={"gpusPerWorker": 0, "nodeSelector": {"disk": "fast"}},
+    )
+    sources = [*inputs.inputs_of(of.spec, None)]
+    assert inputs.claims(sources, of.store_claim) == ("tuneward-store", "models", "chats")
+    assert inputs.of_gang(("models", "chats"), sources, of.store_claim) == "models"
+    assert inputs.of_gang(("chats",), sources, of.store_claim) == ""
+    held = replace(of, held=("models", "chats"), gang_held="models")
+    whole = plan(held)
+    moved = whole.prepared.base.model_copy(update={"claim": "models"})
+    whole = whole.model_copy(update={"prepared": whole.prepared.model_copy(update={"base": moved})})
+    prepare = build.prepare_job(held, whole.request, SETTINGS)
+    found = {
+        role: claims_of(job)
+        for role, job in {
+            "prepare": prepare,
+            "attempt": build.attempt_job(held, whole, 1, SETTINGS),
+            "finish": build.finish_job(held, whole, SETTINGS),
+        }.items()
+    }
+    assert found == {"prepare": (["models"], ["chats", "models"]), "attempt": (["models"], ["models"]), "finish": ([], [])}
+    assert prepare["spec"]["template"]["spec"]["nodeSelector"] == {"disk": "fast"}
+    alone = build.prepare_job(replace(of, held=("chats",)), whole.request, SETTINGS)
+    assert claims_of(alone) == (["chats"], ["chats"])
+    assert "nodeSelector" not in alone["spec"]["template"]["spec"]
+
+
+def claims_of(job: Object) -> tuple[list[str], list[str]]:
+    """(of its affinity's term, of its labels)"""
+    template, prefix = job["spec"]["template"], "claim.tuneward.dev/"
+    terms = template["spec"].get("affinity", {}).get("podAffinity", {})
+    matched = [
+        label
+        for term in terms.get("requiredDuringSchedulingIgnoredDuringExecution", [])
+        for label in term["labelSelector"]["matchLabels"]
+    ]
+    labels = [label for label in template["metadata"]["labels"] if label.startswith(prefix)]
+    return [label.removeprefix(prefix) for label in matched], sorted(label.removeprefix(prefix) for label in labels)

@@ -165,7 +165,14 @@ class World:
                 **spec,
             },
         }
+        self.ensure_chats()
         return self.create(body)
+
+    def ensure_chats(self) -> None:
+        """The ConfigMap that jobs name, which the operator waits for."""
+        body = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "chats"}, "data": {"chats.jsonl": "{}"}}
+        answer = self.api.post(self.path("ConfigMap"), json=body)
+        assert answer.is_success or answer.status_code == 409, answer.text
 
     def status(self, name: str = "bot") -> Object:
         found: Object = self.get("FineTuneJob", name).get("status", {})
@@ -184,6 +191,13 @@ class World:
             return wait_for(reached, what=f"phase {phase}", timeout=timeout)
         except AssertionError as error:
             raise AssertionError(f"{error}\nphases: {seen}\n{self.logs()}") from error
+
+    def wait_message(self, message: str, name: str = "bot") -> None:
+        wait_for(lambda: self.status(name).get("message") == message, what=f"the message {message}", timeout=60)
+
+    def look_again(self, name: str = "bot") -> None:
+        """A change that means nothing, which is a pass."""
+        self.patch("FineTuneJob", name, {"metadata": {"annotations": {"test/look": secrets.token_hex(4)}}})
 
     def wait(self, kind: str, name: str) -> Object:
         try:

@@ -31,6 +31,7 @@ PATHS = {
     "Event": "/api/v1",
     "PersistentVolumeClaim": "/api/v1",
     "ServiceAccount": "/api/v1",
+    "NetworkPolicy": "/apis/networking.k8s.io/v1",
 }
 
 
@@ -49,7 +50,8 @@ def client(kubeconfig: Path) -> httpx.Client:
 
 
 def path(kind: str, namespace: str, name: str = "", subresource: str = "") -> str:
-    parts = [PATHS[kind], "namespaces", namespace, f"{kind.lower()}s", name, subresource]
+    plural = f"{kind[:-1]}ies" if kind.endswith("y") else f"{kind}s"
+    parts = [PATHS[kind], "namespaces", namespace, plural.lower(), name, subresource]
     return "/".join(part for part in parts if part)
 
 
