@@ -52,7 +52,7 @@ func Exec() int {
 		return NotFoundCode
 	}
 	go killAtEnd(source, pid)
-	return waitCode(pid)
+	return WaitCode(pid)
 }
 
 // killAtEnd ends the command when the runtime closes the request, or dies. The runtime does not kill us
@@ -95,7 +95,8 @@ func startIn(request *ExecRequest) (int, error) {
 	return pid, err
 }
 
-func waitCode(pid int) int {
+// WaitCode waits for a child and gives its exit code as a shell would: 128 and the signal that ended it.
+func WaitCode(pid int) int {
 	var status unix.WaitStatus
 	for {
 		_, err := unix.Wait4(pid, &status, 0, nil)
