@@ -27,8 +27,9 @@ import numpy as np
 import torch
 import transformers
 
-from tuneward_api.estimate import Data, Shape, flops_per_token
+from tuneward_api.estimate import Data, flops_per_token
 from tuneward_api.resolved import ResolvedMethod
+from tuneward_api.shape import Shape
 from tuneward_trainer import patches
 from tuneward_trainer.batch import collate, total_weight
 from tuneward_trainer.data.documents import Document

@@ -42,8 +42,9 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
-from tuneward_api.estimate import Data, Shape, flops_per_token
+from tuneward_api.estimate import Data, flops_per_token
 from tuneward_api.resolved import ResolvedMethod
+from tuneward_api.shape import Shape
 from tuneward_trainer import packing, patches
 from tuneward_trainer.batch import collate, total_weight
 from tuneward_trainer.engine import Engine

@@ -1,8 +1,8 @@
 """What a training costs before it runs: bytes and floating-point operations, from config.json and statistics of the data.
 
 No torch and no weights are needed, so a command can say it before anything runs, and the trainer chooses by it how many
-rows go through the model at once. Counts are of the model's decoder as the trainer runs it (`patches.py`): LoRA on its
-Linears or all weights trained, the vocabulary scored at target rows only, documents that do not see each other.
+rows go through the model at once. Counts are of the model's decoder (`shape.py`) as the trainer runs it (`patches.py`): LoRA
+on its Linears or all weights trained, the vocabulary scored at target rows only, documents that do not see each other.
 
 What a backward pass keeps is counted tensor by tensor, each once: what LoRA's matrices multiply, what norms, attention and
 the MLP's gate need, and nothing for a frozen weight. The tests hold it against the trainer itself, shape by shape.
@@ -11,9 +11,11 @@ the MLP's gate need, and nothing for a frozen weight. The tests hold it against 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, Literal
+from typing import Final, Literal
+
+from tuneward_api.shape import Shape
 
 GIB: Final = 1 << 30
 Device = Literal["cpu", "cuda"]
@@ -29,196 +31,10 @@ CUDA_FACTOR: Final = 1.08
 """For what PyTorch's CUDA allocator cannot use between its blocks."""
 NF4: Final = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a weight that is packed: 4 bits, and for each 64 of them a scale of 8 bits, of which 256 have a float32 one."""
-NF4_BLOCK: Final = 64
 LOGITS: Final[dict[Device, int]] = {"cpu": 1 << 22, "cuda": 1 << 25}
 """Logits that the loss head holds at once."""
 TRAINED_LOGITS: Final = 1 << 25
 """The same where the head is trained."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """The numbers of a decoder that cost anything. Widths are elements a token."""
-
-    family: str
-    """config.json's model_type."""
-    layers: int
-    hidden: int
-    query: int
-    """Heads times head size."""
-    key: int
-    """Key and value heads times head size: once for the keys, once for the values."""
-    heads: int
-    pairs: int
-    """Key and value heads."""
-    inner: int
-    """Of a layer's MLP; of one expert, where there are some."""
-    vocabulary: int
-    tied: bool
-    norms: int = 2
-    """Of a layer, over the hidden width."""
-    norms_first: bool = True
-    """Norms come before what they are for, not after."""
-    head_norms: bool = False
-    """Queries and keys are normed."""
-    fused: bool = False
-    """Queries, keys and values are one Linear (Phi-3)."""
-    fused_mlp: bool = False
-    """Gate and up are one Linear (Phi-3, GLM)."""
-    gated: bool = True
-    squashed: bool = False
-    """Attention scores are soft-capped, which no kernel does: they are written out."""
-    ropes: int = 1
-    biases: int = 0
-    """Weights of a layer's biases."""
-    experts: int = 0
-    """Of a layer; 0: a plain MLP."""
-    chosen: int = 0
-    """Experts that a token passes through."""
-    shared: int = 0
-    """Inner width of what every token passes through beside them."""
-    plain_layers: int = 0
-    """Layers with a plain MLP, of a model with experts."""
-    plain_inner: int = 0
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any]) -> Shape:
-        """From config.json, whose text part counts. Raises ValueError with the field that is missing."""
-        text: Mapping[str, Any] = config.get("text_config") or config
-        family = str(text.get("model_type") or config.get("model_type") or "")
-        hidden, heads = _number(text, "hidden_size", "n_embd"), _number(text, "num_attention_heads", "n_head")
-        head = text.get("head_dim") or hidden // heads
-        pairs = int(text.get("num_key_value_heads") or heads)
-        inner = int(text.get("intermediate_size") or text.get("n_inner") or 4 * hidden)
-        biased = bool(text.get("attention_bias")) or family in ("qwen2", "starcoder2")
-        shape = cls(
-            family=family,
-            layers=_number(text, "num_hidden_layers", "n_layer"),
-            hidden=hidden,
-            query=heads * head,
-            key=pairs * head,
-            heads=heads,
-            pairs=pairs,
-            inner=inner,
-            vocabulary=_number(text, "vocab_size"),
-            tied=bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", family.startswith("gemma")))),
-            squashed=bool(text.get("attn_logit_softcapping")),
-            # Starcoder 2 has one beside every weight, its norms included.
-            biases=((heads + 2 * pairs) * head if biased else 0) + (4 * hidden + inner if family == "starcoder2" else 0),
-        )
-        return replace(shape, **_FAMILIES.get(family, {}), **_experts(text, inner))
-
-    @property
-    def known(self) -> bool:
-        """Whether the layers of this family were looked at; another one is taken for a Llama."""
-        return self.family in _FAMILIES
-
-    @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Name -> (inputs, outputs) of the Linears of a layer that LoRA can be put on; experts are none."""
-        hidden, query, key = self.hidden, self.query, self.key
-        if self.fused:
-            found = {"qkv_proj": (hidden, query + 2 * key)}
-        else:
-            found = {"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)}
-        found["o_proj"] = (query, hidden)
-        inner = self.shared if self.experts else self.inner
-        if not inner:
-            return found
-        if self.fused_mlp:
-            return found | {"gate_up_proj": (hidden, 2 * inner), "down_proj": (inner, hidden)}
-        if not self.gated:
-            return found | {"c_fc": (hidden, inner), "c_proj": (inner, hidden)}
-        return found | {"gate_proj": (hidden, inner), "up_proj": (hidden, inner), "down_proj": (inner, hidden)}
-
-    @property
-    def attention(self) -> int:
-        """Weights of the Linears of a layer's attention."""
-        return self.hidden * (2 * self.query + 2 * self.key)
-
-    @property
-    def mlp(self) -> int:
-        """Weights of a layer's MLP that a token passes through."""
-        parts = 3 if self.gated else 2
-        if not self.experts:
-            return parts * self.hidden * self.inner
-        return parts * self.hidden * (self.chosen * self.inner + self.shared) + self.hidden * self.experts
-
-    @property
-    def parameters(self) -> int:
-        """All of them."""
-        resting = (self.experts - self.chosen) * 3 * self.hidden * self.inner if self.experts else 0
-        plain = self.plain_layers * (3 * self.hidden * self.plain_inner - self.mlp - resting) if self.experts else 0
-        head_norm = 2 * self.query // self.heads if self.head_norms else 0
-        layer = self.attention + self.mlp + resting + self.norms * self.hidden + head_norm + self.biases
-        return self.layers * layer + plain + (1 if self.tied else 2) * self.vocabulary * self.hidden + self.hidden
-
-    def adapted(self, targets: Set[str] | None = None) -> dict[str, tuple[int, int]]:
-        """The Linears of a layer that `targets` (last parts of names; None: all) select."""
-        wanted = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
-        return {name: sizes for name, sizes in self.linears.items() if wanted is None or name in wanted}
-
-    @property
-    def packable(self) -> int:
-        """Weights that NF4 can pack: of the Linears that LoRA can be put on, if blocks fill their rows."""
-        sizes = self.linears.values()
-        return self.layers * sum(inputs * outputs for inputs, outputs in sizes if inputs % NF4_BLOCK == 0)
-
-    def share(self, targets: Set[str] | None = None) -> float:
-        """Of the weights of layers that a token passes through, those under an adapter."""
-        adapted = self.layers * sum(inputs * outputs for inputs, outputs in self.adapted(targets).values())
-        plain = self.plain_layers * (3 * self.hidden * self.plain_inner - self.mlp) if self.experts else 0
-        return adapted / (self.layers * (self.attention + self.mlp) + plain)
-
-    def lora(self, rank: int, targets: Set[str] | None = None, *, dora: bool = False) -> int:
-        """Parameters of LoRA on the Linears of every layer."""
-        return self.layers * sum(
-            rank * (inputs + outputs) + dora * outputs for inputs, outputs in self.adapted(targets).values()
-        )
-
-
-_FAMILIES: Final[dict[str, dict[str, Any]]] = {
-    "llama": {},
-    "mistral": {},
-    "ministral3": {},
-    "qwen2": {},
-    "smollm3": {},
-    "granite": {},
-    "gemma": {},
-    "gemma2": {"norms": 4},
-    "gemma3_text": {"norms": 4, "head_norms": True, "ropes": 2},
-    "qwen3": {"head_norms": True},
-    "olmo2": {"norms_first": False, "head_norms": True},
-    "olmo3": {"norms_first": False, "head_norms": True},
-    "phi3": {"fused": True, "fused_mlp": True},
-    "glm": {"fused_mlp": True},
-    "glm4": {"fused_mlp": True, "norms": 4},
-    "starcoder2": {"gated": False},
-    "mixtral": {},
-    "qwen3_moe": {"head_norms": True},
-    "olmoe": {"head_norms": True},
-}
-"""What config.json does not say of a layer, by model_type."""
-
-
-def _experts(text: Mapping[str, Any], inner: int) -> dict[str, Any]:
-    """What a mixture of experts changes; nothing for any other model."""
-    experts = next(
-        (int(text[name]) for name in ("num_local_experts", "num_experts", "n_routed_experts") if text.get(name)), 0
-    )
-    if not experts:
-        return {}
-    expert = int(text.get("moe_intermediate_size") or inner)
-    shared = int(text.get("shared_expert_intermediate_size") or int(text.get("n_shared_experts") or 0) * expert)
-    plain = int(text.get("first_k_dense_replace") or 0) + len(text.get("mlp_only_layers") or ())
-    return {
-        "experts": experts,
-        "chosen": int(text.get("num_experts_per_tok") or 1),
-        "inner": expert,
-        "shared": shared,
-        "plain_layers": plain,
-        "plain_inner": inner,
-    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,13 +296,6 @@ def tokens_that_fit(shape: Shape, data: Data, setup: Setup, room: int) -> int:
 
 
 # -- operations --------------------------------------------------------------------------------------------------------
-
-
-def _number(config: Mapping[str, Any], *names: str) -> int:
-    found = next((config[name] for name in names if isinstance(config.get(name), int)), None)
-    if found is None:
-        raise ValueError(f"config.json has no {names[0]}")
-    return int(found)
 
 
 def flops_per_token(

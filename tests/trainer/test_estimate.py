@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
 
-from tuneward_api.estimate import Data, Shape, flops_per_token
+from tuneward_api.estimate import Data, flops_per_token
+from tuneward_api.shape import Shape
 
 SIZES = {
     "vocab_size": 128,

@@ -22,9 +22,10 @@ from tests.trainer.test_memory import LENGTHS, MISTRAL_7B, batch_of, config_of, 
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tuneward_api import manifest
-from tuneward_api.estimate import GIB, Data, Setup, Shape, memory
+from tuneward_api.estimate import GIB, Data, Setup, memory
 from tuneward_api.files import Proof
 from tuneward_api.resolved import ResolvedPacking
+from tuneward_api.shape import Shape
 from tuneward_trainer import patches, verify
 from tuneward_trainer.checkpoint import Saver
 from tuneward_trainer.data.documents import TRAINING, Documents

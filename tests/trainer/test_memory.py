@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from tuneward_api.estimate import GIB, Data, Setup, Shape, memory, tokens_that_fit
+from tuneward_api.estimate import GIB, Data, Setup, memory, tokens_that_fit
 from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.shape import Shape
 from tuneward_trainer import distributed, nf4, patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.engine import Engine

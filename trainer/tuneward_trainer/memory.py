@@ -16,11 +16,12 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, Shape, flops_per_token, memory, tokens_that_fit
+from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, flops_per_token, memory, tokens_that_fit
 from tuneward_api.files import Plan, Prepared
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.quantities import to_bytes
 from tuneward_api.resolved import ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.shape import Shape
 from tuneward_trainer.schedule import documents_a_unit
 
 TOKENS_AT_ONCE: Final[dict[Device, int]] = {"cpu": 1024, "cuda": 8192}
