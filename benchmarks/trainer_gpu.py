@@ -21,28 +21,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from contestant import LEARNT, RANK, engine_on
 
 from tuneward_api.estimate import Data, flops_per_token
-from tuneward_api.resolved import ResolvedMethod
 from tuneward_api.shape import Shape
 from tuneward_trainer import patches
 from tuneward_trainer.batch import collate, total_weight
 from tuneward_trainer.data.documents import Document
-from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.memory import statistics
 from tuneward_trainer.mfu import peak_of
-from tuneward_trainer.model import add_adapters, load_base, target_linears
+from tuneward_trainer.model import load_base
 from tuneward_trainer.packing import bins
-
-RANK: Final = 16
-LEARNT: Final = 0.45
-"""Share of a document's tokens that the loss counts, as in a chat: the answer."""
 
 Texts = list[Document]
 Step = Callable[[Texts], None]
@@ -63,12 +58,7 @@ def documents(options: argparse.Namespace, vocabulary: int, seed: int) -> Texts:
 
 @contextmanager
 def ours(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
-    base = load_base(options.model, device)
-    method = ResolvedMethod(
-        type="LoRA", rank=RANK, alpha=32.0, dropout=0.0, rs_lora=False, target_modules=target_linears(base),
-        trainable_parameters=0,
-    )  # fmt: skip
-    engine = Engine(add_adapters(base, method, seed=0, base_uri=""), weight_decay=0.0, max_grad_norm=1.0)
+    engine = engine_on(load_base(options.model, device))
     with patches.applied(engine.model) as forward:
 
         def step(texts: Texts) -> None:

@@ -37,24 +37,20 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
+from contestant import LEARNT, RANK, engine_on
 from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from tuneward_api.estimate import Data, flops_per_token
-from tuneward_api.resolved import ResolvedMethod
 from tuneward_api.shape import Shape
 from tuneward_trainer import packing, patches
 from tuneward_trainer.batch import collate, total_weight
-from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
-from tuneward_trainer.model import add_adapters, load_base, target_linears
+from tuneward_trainer.model import load_base
 
 ROW: Final = 1024
-RANK: Final = 16
-LEARNT: Final = 0.45
-"""Share of a document's tokens that the loss counts, as in a chat: the answer."""
 SMOLLM2: Final = Path(__file__).parents[1] / ".cache/models/smollm2-135m-instruct"
 NAMES: Final = ("trl", "trl-rows", "ours")
 
@@ -129,12 +125,7 @@ def model_folder(case: Case, scratch: Path) -> Path:
 
 @contextmanager
 def ours(folder: Path) -> Iterator[Step]:
-    base = touched(load_base(folder, torch.device("cpu")))
-    method = ResolvedMethod(
-        type="LoRA", rank=RANK, alpha=32.0, dropout=0.0, rs_lora=False, target_modules=target_linears(base),
-        trainable_parameters=0,
-    )  # fmt: skip
-    engine = Engine(add_adapters(base, method, seed=0, base_uri=""), weight_decay=0.0, max_grad_norm=1.0)
+    engine = engine_on(touched(load_base(folder, torch.device("cpu"))))
     with patches.applied(engine.model) as forward:
 
         def step(texts: list[Text]) -> float:
