@@ -22,9 +22,14 @@ from tuneward_api.resolved import ResolvedMethod
 from tuneward_trainer import patches
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import TRAINING, Documents
+from tuneward_trainer.distributed import Gang
 from tuneward_trainer.engine import Engine
+from tuneward_trainer.feed import Feed
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import add_adapters, load_base
+from tuneward_trainer.progress import Clock, Reporter
+from tuneward_trainer.session import Stop, begin
+from tuneward_trainer.train import one_step
 
 GPU = torch.device("cuda", 0)
 METHOD = ResolvedMethod(
@@ -90,6 +95,24 @@ def test_a_step_waits_for_nothing(tmp_path: Path, request: pytest.FixtureRequest
                 request.getfixturevalue("no_waiting")
             engine.forward_backward(forward, batch.to(GPU), cross_entropy)
             engine.optim_step(1e-3, engine.gradient.clone())
+
+
+def test_a_training_waits_for_no_numbers_but_the_last_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    """Feed, sum and flags included; reading a step's numbers waits for an event, which is none of what torch counts."""
+    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE))
+    for name, value in job.variables().items():
+        monkeypatch.setenv(name, value)
+    session = begin(job.plan, Gang(0, 1, GPU), Stop(), Reporter(None, 0))
+    assert session.ahead
+    done = None
+    with patches.applied(session.engine.model) as forward, Feed.of(session) as feed:
+        for step in range(4):
+            if step == 1:
+                request.getfixturevalue("no_waiting")
+            done = one_step(session, forward, feed, Clock(12), done)
+    assert done is not None
 
 
 def worker(job: Job) -> None:

@@ -7,6 +7,8 @@ shapes that do not fit, and a device that was forgotten. Kernels do not run: `ma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,12 @@ from transformers import LlamaForCausalLM
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_trainer import patches
 from tuneward_trainer.batch import Batch
+from tuneward_trainer.distributed import Gang
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import CrossEntropy, Loss, Preference
 from tuneward_trainer.model import add_adapters
+from tuneward_trainer.session import Stop
+from tuneward_trainer.verdict import FLAGS, flags_of
 
 METHOD = ResolvedMethod(
     type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=TARGETS, trainable_parameters=0
@@ -116,6 +121,15 @@ def test_a_backward_pass_in_bf16_waits_for_nothing(model: PeftModel, loss: Loss)
         with patches.applied(engine.model, names) as forward:
             output = engine.forward_backward(forward, batch_on("cpu"), loss)
     assert (output.figures.dtype, engine.gradient.dtype) == (torch.float32, torch.float32)
+
+
+def test_the_flags_of_a_step_stay_on_the_gpu(model: PeftModel, a100: None) -> None:
+    gang = Gang(1, 2, torch.device("cuda", 0))
+    session: Any = SimpleNamespace(gang=gang, stop=Stop())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = batch_on("cuda")
+        flags = flags_of(session, [(torch.zeros(10, device="cuda"), batch)] * 3)
+    assert (flags.shape, flags.dtype, flags.device.type) == ((FLAGS,), torch.float32, "cuda")
 
 
 def test_a_wait_would_be_seen(model: PeftModel) -> None:

@@ -62,12 +62,16 @@ class Batch:
     def documents(self) -> int:
         return len(self.sources)
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a device needs of it, by field."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
     def to(self, device: torch.device) -> Batch:
         """Copies to `device`."""
         if device.type == "cpu":
             return self
-        fields = ("ids", "positions", "cu", "rows", "targets", "weights")
-        copies: dict[str, Any] = {name: moved(getattr(self, name), device) for name in fields}
+        copies: dict[str, Any] = {name: moved(tensor, device) for name, tensor in self.tensors.items()}
         return replace(self, **copies)
 
     def scaled(self, factor: float) -> Batch:

@@ -23,7 +23,7 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuneward_trainer import nf4
@@ -133,19 +133,15 @@ def _plain_judge(logits: Tensor, targets: Tensor) -> Tensor:
 
 @contextmanager
 def _attention(base: PreTrainedModel) -> Iterator[None]:
+    # The documents' bounds are the mask. None is registered: transformers then makes none and asks nothing of the positions,
+    # which would make the host wait for the device in each forward pass.
     AttentionInterface.register(_REGISTERED, packed_attention)
-    # The documents' bounds are the mask.
-    AttentionMaskInterface.register(_REGISTERED, _no_mask)
     before = base.config._attn_implementation
     base.set_attn_implementation(_REGISTERED)
     try:
         yield
     finally:
         base.set_attn_implementation(before)
-
-
-def _no_mask(*_: Any, **__: Any) -> None:
-    return None
 
 
 # -- loss head -------------------------------------------------------------------------------------------------------

@@ -100,6 +100,8 @@ class Session:
     """To which it was trained; the result may be of an earlier one."""
     train_loss: float | None = None
     stopped: bool = False
+    ahead: bool = False
+    """The host queues the next step's first micro-batch before it reads the numbers of the last one."""
     unproved: checkpoint.Snapshot | None = None
     """Taken, and not written before the next step's loss."""
     base_answers: list[ProofText] = field(default_factory=list)
@@ -192,6 +194,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
             uniform_loss(plain(engine.model), prepared.objective.type), **(found.watch if found is not None else {})
         ),
         saved_step=step,
+        ahead=gang.device.type == "cuda",
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
         before=measured_before(notes),
         score_before=notes.get("task_score_before"),

@@ -1,7 +1,7 @@
 """One rank of a training: `python -m tuneward_trainer.train PLAN`, started by the launcher (or torchrun).
 
-`train` below is the whole of it: steps of forward_backward over this rank's micro-batches, one reduction that gives all
-ranks the same bytes, one optimizer step, and what is due after it.
+`train` below is the whole of it: steps (`step.py`) of forward_backward over this rank's micro-batches, one reduction that
+gives all ranks the same bytes, one optimizer step, and what is due after it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from transformers.utils.logging import disable_progress_bar
 from tuneward_api import names
 from tuneward_api.files import Plan, canonical_json
 from tuneward_trainer import endings, memory, patches, rundir, trial
-from tuneward_trainer.batch import collate
 from tuneward_trainer.compare import choose, compare, evaluation_due, start
-from tuneward_trainer.distributed import Gang, TreeSum, join, pick_device, share
+from tuneward_trainer.distributed import Gang, join, pick_device
+from tuneward_trainer.feed import Feed
 from tuneward_trainer.machine import processors
-from tuneward_trainer.patches import Forward
+from tuneward_trainer.patches import Patched
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
 from tuneward_trainer.saving import checkpoint_due, save, write_proved
 from tuneward_trainer.session import Session, Stop, begin, conclude, device_memory
-from tuneward_trainer.verdict import flags_of, heed, judge
+from tuneward_trainer.step import Done, begin_step, finish_step, outcome
 
 _LOG_SECONDS: Final = 2.0
 _YIELD_SECONDS: Final = 0.5
@@ -45,24 +45,13 @@ logger = logging.getLogger("tuneward_trainer")
 
 def train(session: Session) -> None:
     """From the session's step to the last one, or to the step after which all agree to stop."""
-    hyper = session.plan.prepared.hyperparameters
-    clock = Clock(hyper.steps)
     chosen, recompute = session.plan.prepared.packing.patches, session.choice.recompute
     with patches.applied(session.engine.model, chosen, recompute=recompute) as forward:
         start(session, forward)
         session.reporter.update(phase="Training", step=session.engine.step)
-        clock.reset()
         session.saved_at = time.monotonic()
-        while session.engine.step < hyper.steps and not (session.stopped or session.best.spent):
-            with session.profile.around(session.engine.step + 1) if session.profile else nullcontext():
-                facts = one_step(session, forward)
-            write_proved(session)
-            tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
-            if evaluation_due(session):
-                compare(session, forward)
-                clock.reset()
-            if checkpoint_due(session):
-                save(session)
+        with Feed.of(session) as feed:
+            steps(session, forward, feed)
         if not (session.stopped or session.best.spent):
             compare(session, forward)
         if session.profile is not None:
@@ -70,29 +59,43 @@ def train(session: Session) -> None:
         choose(session, forward)
 
 
-def one_step(session: Session, forward: Forward) -> dict[str, Any]:
-    """One optimizer step. Raises DivergedError or FencedError on all ranks at once."""
-    engine, gang, loss, step = session.engine, session.gang, session.loss, session.engine.step
-    groups = session.micro_batches(step)
-    total = loss.total(session.training[index] for group in groups for index in group) or 1.0
-    tree = TreeSum(len(groups))
-    outputs = []
-    for place in share(len(groups), gang.rank, gang.world):
-        batch = collate(((index, session.training[index]) for index in groups[place]), longest=session.row_limit)
-        seed = session.schedule.seed(step, place) if session.plan.prepared.method.dropout else None
-        output = engine.forward_backward(forward, batch.to(gang.device).scaled(1 / total), loss, seed=seed)
-        tree.add((place, place + 1), torch.cat([engine.gradient, output.figures.float()]))
-        engine.gradient.zero_()
-        outputs.append((output, batch))
-    size = len(engine.gradient) + len(loss.figures)
-    summed, flags = gang.sum_tree(tree, len(groups), flags_of(session, outputs), size=size)
-    heed(session, flags, step)
-    learning_rate = session.schedule.learning_rate(step)
-    norm = float(engine.optim_step(learning_rate, summed[: len(engine.gradient)]))
-    figures = dict(zip(("train_loss", *loss.figures[1:]), summed[len(engine.gradient) :].tolist(), strict=True))
-    judge(session, step, loss=figures["train_loss"], norm=norm)
-    tokens = sum(int(session.training.lengths[index]) for group in groups for index in group)
-    return {**figures, "learning_rate": learning_rate, "grad_norm": norm, "tokens": tokens}
+def steps(session: Session, forward: Patched, feed: Feed) -> None:
+    clock = Clock(session.plan.prepared.hyperparameters.steps)
+    done: Done | None = None
+    while unfinished(session):
+        with session.profile.around(session.engine.step + 1) if session.profile else nullcontext():
+            done = one_step(session, forward, feed, clock, done)
+        if done is not None and not session.ahead:
+            settle(session, forward, clock, done)
+            done = None
+    if done is not None:
+        settle(session, forward, clock, done)
+
+
+def one_step(session: Session, forward: Patched, feed: Feed, clock: Clock, before: Done | None) -> Done | None:
+    """`before`: the last one, where the host runs ahead of the device; it is settled when this one has begun, and may be the
+    last. Then what this one has computed is dropped, and None comes back."""
+    begun = begin_step(session, forward, feed)
+    if before is not None:
+        settle(session, forward, clock, before)
+    return finish_step(session, forward, feed, begun) if unfinished(session) else None
+
+
+def unfinished(session: Session) -> bool:
+    steps = session.plan.prepared.hyperparameters.steps
+    return session.engine.step < steps and not (session.stopped or session.best.spent)
+
+
+def settle(session: Session, forward: Patched, clock: Clock, done: Done) -> None:
+    """Everything that is due after a step. Raises DivergedError or FencedError on all ranks at once."""
+    facts = outcome(session, done)
+    write_proved(session)
+    tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
+    if evaluation_due(session):
+        compare(session, forward)
+        clock.reset()
+    if checkpoint_due(session):
+        save(session)
 
 
 # -- what is said after a step ------------------------------------------------------------------------------------------

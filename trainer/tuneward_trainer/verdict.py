@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from tuneward_trainer import defaults, divergence, endings, rundir
+from tuneward_trainer.batch import Batch, moved
 from tuneward_trainer.session import Session
 
+Scored = Sequence[tuple[Tensor, Batch]]
+"""Of each micro-batch of this rank: log-probabilities of its targets [R], and what they are of, both on the device."""
+
+FLAGS: Final = 4
+"""Numbers of each rank that ride on the reduced vector."""
 _FENCE_SECONDS: Final = 2.0
-_WIDE: Final = 1 << 20
-"""A document's index rides on the reduced vector as two floats below this."""
 
 logger = logging.getLogger("tuneward_trainer")
 
@@ -24,40 +30,48 @@ logger = logging.getLogger("tuneward_trainer")
 # -- what rides on the reduced vector ----------------------------------------------------------------------------------
 
 
-def flags_of(session: Session, outputs: list[Any]) -> torch.Tensor:
-    """float32 [6]: asked to stop, a later attempt's number, the first document whose loss is not finite, plus 1, in two
-    parts, how many of these there are, and how many documents in all."""
+def flags_of(session: Session, scored: Scored) -> Tensor:
+    """float32 [FLAGS] on the device: asked to stop, a later attempt's number, documents, and rows whose part of the loss is
+    not finite."""
     fence = 0.0
     if session.gang.leads and time.monotonic() - session.fenced_at >= _FENCE_SECONDS:
         session.fenced_at = time.monotonic()
         fence = float(rundir.superseded(session.run, session.attempt) or 0)
-    bad = [document for output, batch in outputs for document in _not_finite(output, batch)]
-    first = 1 + bad[0] if bad else 0
-    documents = sum(batch.documents for _, batch in outputs)
-    return torch.tensor([float(session.stop.asked), fence, first // _WIDE, first % _WIDE, len(bad), documents])
+    documents = sum(batch.documents for _, batch in scored)
+    known = moved(torch.tensor([float(session.stop.asked), fence, documents]), session.gang.device)
+    bad = [_not_finite(logprobs, batch).sum() for logprobs, batch in scored]
+    return torch.cat([known, torch.stack(bad).sum().float()[None] if bad else known.new_zeros(1)])
 
 
-def _not_finite(output: Any, batch: Any) -> list[int]:
-    """Documents with a row whose part of the loss is not finite."""
-    wrong = torch.nonzero(~torch.isfinite(output.logprobs.cpu() * batch.weights))[:, 0].tolist()
-    return list(dict.fromkeys(batch.source_of_row(row) for row in wrong))
+def _not_finite(logprobs: Tensor, batch: Batch) -> Tensor:
+    """bool [R]."""
+    return ~torch.isfinite(logprobs * batch.weights)
 
 
-def heed(session: Session, flags: torch.Tensor, step: int) -> None:
-    """Does what any rank's flags ask for. All ranks see the same flags of the same step."""
-    rows = flags.cpu()
-    stop, fence = rows[:, :2].max(0).values.tolist()
+def heed(session: Session, flags: list[list[float]], scored: Scored, step: int) -> None:
+    """Does what any rank's flags (FLAGS of each) ask for. All ranks see the same flags of the same step."""
+    stop, fence = max(row[0] for row in flags), max(row[1] for row in flags)
     if fence:
         raise endings.FencedError(f"attempt {int(fence)} has begun; attempt {session.attempt} gives way to it")
-    bad, documents = (int(count) for count in rows[:, 4:].sum(0).tolist())
-    if bad:
-        high, low = next(row[2:4] for row in rows.tolist() if row[4])
-        first = session.training[int(high) * _WIDE + int(low) - 1]
+    if any(row[3] for row in flags):
+        # Rare, and the end of this attempt: now ranks may wait, and tell each other.
+        bad = session.gang.gather(_bad_documents(scored))
+        documents = int(sum(row[2] for row in flags))
+        first = session.training[bad[0]]
         which = f"sample {first.file}:{first.line}"
-        which = which if bad == 1 else f"{bad} of {documents} samples, the first {which.removeprefix('sample ')}"
-        look = "look at that sample, or " if bad < documents else ""
+        which = which if len(bad) == 1 else f"{len(bad)} of {documents} samples, the first {which.removeprefix('sample ')}"
+        look = "look at that sample, or " if len(bad) < documents else ""
         raise give_up(session, f"the loss is not finite at step {step + 1} ({which})", look, state=step, learnt=step)
     session.stopped = bool(stop)
+
+
+def _bad_documents(scored: Scored) -> list[int]:
+    """Indices in the data, in the order of this rank's micro-batches."""
+    found = []
+    for logprobs, batch in scored:
+        rows = torch.nonzero(_not_finite(logprobs, batch))[:, 0].tolist()
+        found += list(dict.fromkeys(batch.source_of_row(row) for row in rows))
+    return found
 
 
 # -- divergence: no rank sees another number than the others do --------------------------------------------------------
