@@ -61,6 +61,8 @@ TRAINER_PORT: Final = 8787
 ENGINE_PORT: Final = 8000
 AGENT_PORT: Final = 8001
 GRACE_PERIOD_SECONDS: Final = 120
+DEFAULT_HANG_SECONDS: Final = 1800
+"""spec.runPolicy.hangTimeoutSeconds, where it says nothing."""
 
 MAX_JOB_NAME: Final = 48
 """A Service name and a pod's host name have 63 characters; ours append up to 15."""

@@ -10,11 +10,11 @@ from typing import Final
 from tuneward_api.conditions import FailureClass, Phase, Reason
 from tuneward_api.failures import Failure, classify
 from tuneward_api.finetunejob import RunPolicy
+from tuneward_api.names import DEFAULT_HANG_SECONDS
 from tuneward_operator import waiting
 from tuneward_operator.observe import Gang, Seen, Worker, disrupted
 from tuneward_operator.views import JobView
 
-DEFAULT_HANG_SECONDS: Final = 1800
 MAX_WAIT_REASON: Final = 300
 
 DELETED: Final = Failure(

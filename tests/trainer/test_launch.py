@@ -34,7 +34,7 @@ from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.files import Result, Start
 from tuneward_api.resolved import ResolvedPacking
-from tuneward_trainer import endings, launch, rundir
+from tuneward_trainer import conclusion, endings, launch, rundir
 from tuneward_trainer.data.documents import TRAINING, DocumentWriter
 from tuneward_trainer.progress import Reporter
 
@@ -162,8 +162,8 @@ def test_another_plans_result_is_not_reported(tmp_path: Path) -> None:
 # -- how a rank's end becomes the worker's -----------------------------------------------------------------------------
 
 
-def conclude(job: Job, status: Path, outcome: launch.Outcome, *, out_of_memory: bool = False) -> Result:
-    return launch.conclude(job.plan, job.run, status, outcome, out_of_memory=out_of_memory)
+def conclude(job: Job, status: Path, outcome: conclusion.Outcome, *, out_of_memory: bool = False) -> Result:
+    return conclusion.conclude(job.plan, job.run, status, outcome, out_of_memory=out_of_memory)
 
 
 def leave(status: Path, rank: int, ending: endings.Ending) -> None:
@@ -178,7 +178,7 @@ def test_the_rank_that_failed_first_by_itself_is_believed(tmp_path: Path) -> Non
     lost = endings.Ending(Reason.INFRASTRUCTURE, "another rank went away", 75, secondary=True)
     leave(tmp_path, 0, lost)
     leave(tmp_path, 1, endings.Ending(Reason.OUT_OF_MEMORY, "not enough memory", 1))
-    result = conclude(job, tmp_path, launch.Outcome({0: 75, 1: 1}))
+    result = conclude(job, tmp_path, conclusion.Outcome({0: 75, 1: 1}))
     assert (result.reason, result.exit_code, result.step, result.attempt) == (Reason.OUT_OF_MEMORY, 1, 4, 1)
     assert rundir.read_result(job.run, 1) == result
 
@@ -187,13 +187,13 @@ def test_a_worker_that_only_lost_a_peer_takes_the_others_word(tmp_path: Path) ->
     job = make_job(tmp_path)
     leave(tmp_path, 0, endings.Ending(Reason.INFRASTRUCTURE, "another rank went away", 75, secondary=True))
     other = rundir.write_result(job.run, result_of(job, exit_code=78, reason=Reason.CONFIG_INVALID))
-    assert conclude(job, tmp_path, launch.Outcome({0: 75})) == other
+    assert conclude(job, tmp_path, conclusion.Outcome({0: 75})) == other
 
 
 def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = make_job(tmp_path)
     monkeypatch.setenv("TUNEWARD_MODEL_DIR", job.variables()["TUNEWARD_MODEL_DIR"])
-    result = conclude(job, tmp_path, launch.Outcome({0: -9}), out_of_memory=True)
+    result = conclude(job, tmp_path, conclusion.Outcome({0: -9}), out_of_memory=True)
     assert (result.reason, result.exit_code) == (Reason.OUT_OF_MEMORY, 1)
     assert result.message == (
         "a rank was killed for memory; lower spec.hyperparameters.sequenceLength from 48 to 16, "
@@ -203,7 +203,7 @@ def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:
     job = make_job(tmp_path)
-    result = conclude(job, tmp_path, launch.Outcome({}, stopped=True))
+    result = conclude(job, tmp_path, conclusion.Outcome({}, stopped=True))
     assert (result.outcome, result.exit_code, result.attempt) == ("Stopped", 143, 0)
 
 

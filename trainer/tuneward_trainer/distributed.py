@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-STEP_TIMEOUT: Final = datetime.timedelta(minutes=10)
-"""How long a collective of a step waits. A peer that died is noticed at once; this is for one that hangs."""
+from tuneward_trainer.nccl import step_timeout
+
 CONTROL_TIMEOUT: Final = datetime.timedelta(hours=2)
 """How long ranks wait while another evaluates, saves or compiles."""
 
@@ -232,16 +232,17 @@ class Crew:
         return [value for box in boxes for value in box]
 
 
-def join() -> Gang:
-    """Enters the gang that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe (torchrun sets them)."""
+def join(hang_seconds: int | None = None) -> Gang:
+    """Enters the gang that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe (torchrun sets them).
+    `hang_seconds`: spec.runPolicy.hangTimeoutSeconds."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     device = pick_device(int(os.environ.get("LOCAL_RANK", "0")))
     if world == 1:
         return Gang(0, 1, device)
     if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
+        dist.init_process_group("nccl", timeout=step_timeout(hang_seconds), device_id=device)
         return Gang(rank, world, device, _control_group())
-    dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+    dist.init_process_group("gloo", timeout=step_timeout(hang_seconds))
     return Gang(rank, world, device, _control_group())
 
 

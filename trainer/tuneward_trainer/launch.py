@@ -1,13 +1,9 @@
-"""One worker: starts its ranks through torchrun's own agent, serves their progress, and reports how they ended.
-
-Everything that decides the worker's exit code and termination message is here: a rank that fails leaves its reason in
-the status folder, the leader's rank leaves the result, and a rank that was killed leaves nothing but its signal.
-"""
+"""One worker: starts its ranks through torchrun's own agent, serves their progress, and reports how they ended
+(`conclusion.py`)."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import signal
@@ -21,22 +17,20 @@ from dataclasses import dataclass
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Final
 
 from pydantic import ValidationError
 
-from tuneward_api import curves, names
-from tuneward_api.conditions import Reason
+from tuneward_api import names
 from tuneward_api.files import Plan, Result
-from tuneward_api.names import MAX_MESSAGE, ExitCode
-from tuneward_trainer import memory, rundir
+from tuneward_api.names import ExitCode
+from tuneward_trainer import nccl, rundir
+from tuneward_trainer.conclusion import Outcome, conclude, draw_losses, keep_logs, last_words
 from tuneward_trainer.machine import processors
-from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, read_ranks, serve
+from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, serve
 from tuneward_trainer.report import start_logging
 from tuneward_trainer.tracking import tracked
 
-LOG_LINES: Final = 200
-"""Of each rank that are kept in attempts/<n>/logs."""
 SAVE_SECONDS: Final = names.GRACE_PERIOD_SECONDS - 15
 """What ranks get to save after SIGTERM; the rest of the grace period is for the report."""
 RENDEZVOUS_SECONDS: Final = 24 * 3600
@@ -54,17 +48,6 @@ class Shape:
     ranks_here: int
     gpus: bool = False
     """Each rank here has one."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How the agent says that the ranks ended: by global rank, exit code or minus the signal. Empty: all were well."""
-
-    exit_codes: Mapping[int, int]
-    stopped: bool = False
-    """This worker was told to stop."""
-    error: str = ""
-    """The agent itself failed, before any rank ran."""
 
 
 def main(plan_path: Path) -> int:
@@ -85,7 +68,7 @@ def main(plan_path: Path) -> int:
         return report(known)
     with status_folder() as folder, served(folder), tracked(plan, plan_path, folder, run) as tracking:
         before = memory_kills()
-        outcome = launch(plan_path, folder, shape_of(plan))
+        outcome = launch(plan_path, folder, shape_of(plan), hang_seconds=nccl.hang_seconds(plan))
         result = conclude(plan, run, folder, outcome, out_of_memory=memory_kills() > before)
         keep_logs(run, folder, result.attempt)
         draw_losses(run, plan)
@@ -171,7 +154,7 @@ def memory_kills() -> int:
 # -- the agent -------------------------------------------------------------------------------------------------------
 
 
-def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
+def launch(plan_path: Path, folder: Path, shape: Shape, *, hang_seconds: int | None) -> Outcome:
     """Runs the ranks to their end."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -182,7 +165,7 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = int(os.environ.get("MASTER_PORT") or free_port())
-    prepare_environment(shape)
+    prepare_environment(shape, nccl.environment(hang_seconds, folder) if shape.gpus else {})
     program, *arguments = program_of(plan_path, shape)
     config = LaunchConfig(
         min_nodes=shape.workers,
@@ -205,7 +188,10 @@ def launch(plan_path: Path, folder: Path, shape: Shape) -> Outcome:
     try:
         elastic_launch(config, program)(*arguments)
     except ChildFailedError as error:
-        return Outcome({rank: failure.exitcode for rank, failure in error.failures.items()})
+        return Outcome(
+            {rank: failure.exitcode for rank, failure in error.failures.items()},
+            said={rank: last_words(folder, failure.local_rank) for rank, failure in error.failures.items()},
+        )
     except SignalException:
         return Outcome({}, stopped=True)
     except (RuntimeError, OSError) as error:
@@ -253,8 +239,10 @@ def close_sockets() -> None:
     os.close(nothing)
 
 
-def prepare_environment(shape: Shape) -> None:
-    """For the ranks, which inherit it."""
+def prepare_environment(shape: Shape, wanted: Mapping[str, str]) -> None:
+    """For the ranks, which inherit it; `wanted` where it says nothing else."""
+    for name, value in wanted.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, processors() // shape.ranks_here)))
     # Ranks log through a pipe, and a line must be seen when it is said.
     os.environ["PYTHONUNBUFFERED"] = "1"
@@ -312,114 +300,6 @@ def _raise_stopped(number: int, frame: FrameType | None) -> None:
     from torch.distributed.elastic.multiprocessing import SignalException
 
     raise SignalException(f"process {os.getpid()} got signal {number} in {frame}", signal.Signals(number))
-
-
-# -- after -----------------------------------------------------------------------------------------------------------
-
-
-def conclude(plan: Plan, run: Path, folder: Path, outcome: Outcome, *, out_of_memory: bool) -> Result:
-    """The result of the attempt, written if it is this worker that knows it.
-
-    In this order: the first rank here that failed by itself; what the leader's rank left; a rank killed from outside;
-    another worker's word; this worker's own guess.
-    """
-    number = attempt_number(folder)
-    failures = sorted(_endings(folder), key=lambda ending: float(ending["at"]))
-    first = next((ending for ending in failures if not ending["secondary"]), None)
-    if first is not None:
-        return _write(plan, run, folder, Reason(first["reason"]), first["message"], first["exit_code"], replace=True)
-    if number and not outcome.exit_codes and not outcome.error:
-        left = rundir.await_result(run, number, seconds=0 if outcome.stopped else 5)
-        if left is not None:
-            return left
-    killed = {rank: -code for rank, code in outcome.exit_codes.items() if code < 0}
-    if killed or out_of_memory:
-        return _write(plan, run, folder, *_killed(plan, killed, out_of_memory), replace=False)
-    left = rundir.await_result(run, number, seconds=3) if number and not outcome.error and not outcome.stopped else None
-    if left is not None:
-        return left
-    return _write(plan, run, folder, *_guess(outcome, failures), replace=False)
-
-
-def _killed(plan: Plan, killed: dict[int, int], out_of_memory: bool) -> tuple[Reason, str, int]:
-    if out_of_memory:
-        # The worker's own memory; what a GPU lacks is an exception in the rank.
-        remedy = memory.remedy(plan, rundir.directory(names.ENV_MODEL_DIR), None)
-        return Reason.OUT_OF_MEMORY, f"a rank was killed for memory; {remedy}", 1
-    rank, number = min(killed.items())
-    return Reason.INFRASTRUCTURE, f"rank {rank} was killed by {signal.Signals(number).name}", ExitCode.TRY_AGAIN
-
-
-def _guess(outcome: Outcome, failures: list[dict[str, Any]]) -> tuple[Reason, str, int]:
-    if outcome.stopped:
-        return Reason.PREEMPTED, "stopped on request before the first step", ExitCode.STOPPED
-    if outcome.error:
-        return Reason.INFRASTRUCTURE, outcome.error, ExitCode.TRY_AGAIN
-    if failures:
-        return Reason(failures[0]["reason"]), failures[0]["message"], failures[0]["exit_code"]
-    codes = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(outcome.exit_codes.items()))
-    return Reason.UNKNOWN, f"the ranks ended without a word ({codes or 'exit code 0 and no result'}); their logs say why", 1
-
-
-def _write(plan: Plan, run: Path, folder: Path, reason: Reason, message: str, exit_code: int, *, replace: bool) -> Result:
-    """Makes the result of what the ranks last reported. A gang without a number leaves no file."""
-    last = next(iter(read_ranks(folder)), {})
-    result = Result.model_validate(
-        {
-            **{key: last[key] for key in ("step", "steps", "checkpoint", "fromStep", "resume", "node") if key in last},
-            "attempt": attempt_number(folder),
-            "podUID": os.environ.get(names.ENV_POD_UID, ""),
-            "planDigest": plan.digest(),
-            "outcome": "Stopped" if exit_code == ExitCode.STOPPED else "Failed",
-            "exitCode": exit_code,
-            "reason": reason,
-            "message": message[:MAX_MESSAGE],
-            "step": last.get("step", 0),
-            "steps": last.get("steps", plan.prepared.hyperparameters.steps),
-            "finishedAt": rundir.now(),
-        }
-    )
-    if not result.attempt:
-        return result
-    try:
-        return rundir.write_result(run, result, replace=replace)
-    except OSError as error:
-        logger.error("the result could not be written: %s", error)
-        return result
-
-
-def attempt_number(folder: Path) -> int:
-    """That the ranks of this worker were told; 0 if the gang never got so far."""
-    return max((int(rank.get("attempt", 0)) for rank in read_ranks(folder)), default=0)
-
-
-def _endings(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(file.read_text()) for file in folder.glob("ending-*.json")]
-
-
-def keep_logs(run: Path, folder: Path, number: int) -> None:
-    """The last lines of each rank's log, for good."""
-    if not number:
-        return
-    target = rundir.attempt_directory(run, number) / "logs"
-    with contextlib.suppress(OSError):
-        target.mkdir(parents=True, exist_ok=True)
-        for place in sorted({file.parent for file in (folder / "logs").rglob("std*.log")}):
-            lines = [line for file in sorted(place.glob("std*.log")) for line in _tail(file)]
-            worker = os.environ.get("JOB_COMPLETION_INDEX", "0")
-            (target / f"worker-{worker}-rank-{place.name}.log").write_text("".join(lines))
-
-
-def draw_losses(run: Path, plan: Plan) -> None:
-    """<run>/loss.svg, of all attempts so far; by the leader's worker, however the attempt ended."""
-    if os.environ.get("JOB_COMPLETION_INDEX", "0") == "0":
-        with contextlib.suppress(OSError):
-            curves.draw(run, f"{plan.request.job.name}: loss by step")
-
-
-def _tail(file: Path) -> list[str]:
-    with file.open(errors="replace") as stream:
-        return stream.readlines()[-LOG_LINES:]
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from tuneward_trainer.compare import choose, compare, evaluation_due, start
 from tuneward_trainer.distributed import Gang, join, pick_device
 from tuneward_trainer.feed import Feed
 from tuneward_trainer.machine import processors
+from tuneward_trainer.nccl import hang_seconds
 from tuneward_trainer.patches import Patched
 from tuneward_trainer.progress import ENV_STATUS_DIR, Clock, Reporter, dump_stacks_on_signal
 from tuneward_trainer.saving import checkpoint_due, save, write_proved
@@ -174,7 +175,8 @@ def main(plan_path: Path) -> int:
     reporter.update(phase="Starting")
     dump_stacks_on_signal(folder, rank)
     try:
-        return run_rank(rundir.load_plan(plan_path), join(), stop, reporter)
+        plan = rundir.load_plan(plan_path)
+        return run_rank(plan, join(hang_seconds(plan)), stop, reporter)
     except Exception as error:  # noqa: BLE001 - every end is reported with its reason
         ending = endings.classify(error, lambda: memory_remedy(plan_path))
         logger.error("%s\n%s", ending.message, "".join(traceback.format_exception(error)).rstrip())
