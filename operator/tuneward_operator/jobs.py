@@ -88,7 +88,7 @@ async def ensure(app: App, view: ResourceView, seen: Seen, decision: Decision) -
     elif decision.step == Step.FINISH and plan is not None:
         await make(app, build.finish_job(owner, plan, settings))
     elif decision.step == Step.REGISTER and plan is not None and decision.adapter is not None:
-        await app.create(build.finetuned_model(owner, plan, decision.adapter))
+        await register(app, build.finetuned_model(owner, plan, decision.adapter))
     if decision.relabel is not None and seen.status.model is not None:
         labels: dict[str, str | None] = {LABEL_SERVER: decision.relabel or None}
         await app.kube.label(FINETUNEDMODELS, owner.namespace, seen.status.model.name, labels)
@@ -108,6 +108,16 @@ async def make(app: App, body: Object) -> Object:
             await app.kube.delete(RESOURCES[kind], namespace, name, uid=uid)
         raise ApiError(409, "Conflict", f"{kind} {name} is not this job's; a former job of this name may have left it")
     return found
+
+
+async def register(app: App, body: Object) -> None:
+    """A job that was run again ends in the same bytes, whose record is there already, perhaps without this one's server."""
+    found, made = await app.create(body)
+    metadata = body["metadata"]
+    wanted = metadata["labels"].get(LABEL_SERVER)
+    if made or found is None or wanted in (None, (found["metadata"].get("labels") or {}).get(LABEL_SERVER)):
+        return
+    await app.kube.label(FINETUNEDMODELS, metadata["namespace"], metadata["name"], {LABEL_SERVER: wanted})
 
 
 async def find_plan(app: App, seen: Seen) -> Plan | None:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tuneward_api.conditions import FINAL_PHASES, Condition, ConditionType, Phase, Reason
 from tuneward_api.files import Plan, Progress, Result, SavedCheckpoint
 from tuneward_api.finetunejob import AttemptStatus, CheckpointStatus, FineTuneJobStatus, ProgressStatus
-from tuneward_api.names import MAX_MESSAGE
+from tuneward_api.names import LABEL_SERVER, MAX_MESSAGE
 from tuneward_api.resolved import ParentModel, Resolved, ResolvedBase
 from tuneward_api.trackers import TrackerState, TrackerStatus
 from tuneward_operator.observe import Seen, Worker
@@ -126,6 +126,13 @@ def _accepted(status: FineTuneJobStatus, say: Say) -> Truth:
 def _served(seen: Seen, server: str) -> Truth:
     if seen.served is None:
         return False, Reason.NOT_SERVED, f"ModelServer {server} does not serve the model yet"
+    if seen.model_server != server:
+        named = f"names {seen.model_server}" if seen.model_server else "is not there"
+        return (
+            False,
+            Reason.NOT_SERVED,
+            f"the model's label {LABEL_SERVER} {named}; set it to {server} to have it served there",
+        )
     return seen.served.ready, seen.served.reason, seen.served.message
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.operator.test_served import model
 from tests.operator.world import World, result, running, saved
 from tests.support.wait import wait_for
 
@@ -131,6 +132,20 @@ def test_a_new_job_of_the_same_name_gets_its_own_children(world: World) -> None:
 
     wait_for(fresh, what="the new job's own prepare Job", timeout=60)
     assert world.wait_phase("Validating").get("launches") is None
+
+
+def test_a_job_run_again_asks_for_its_server_though_the_same_model_is_there(world: World) -> None:
+    """The same data gives the same bytes, and so a FineTunedModel of the same name."""
+    world.share_operator()
+    record = {"apiVersion": "tuneward.dev/v1alpha1", "kind": "FineTunedModel", "metadata": {"name": "bot-abababab"}}
+    world.create({**record, "spec": model(1).body["spec"]})
+    world.submit(serve={"server": "assistant"})
+    pod = running(world)
+    world.ends(pod, 0, result(pod, 1))
+    world.finish_done()
+    world.wait_phase("Succeeded")
+    assert world.get("FineTunedModel", "bot-abababab")["metadata"]["labels"]["tuneward.dev/server"] == "assistant"
+    wait_for(lambda: world.condition("Served")["reason"] == "ServerMissing", what="the model's word on its server")
 
 
 def test_pods_and_jobs_of_a_finished_job_go_after_their_time_and_the_job_stays(world: World) -> None:

@@ -125,9 +125,19 @@ def test_no_condition_ready_which_would_block_gitops() -> None:
 def test_served_follows_the_model_after_the_end() -> None:
     of = owner(serve={"server": "assistant"})
     served = Served(ready=True, reason="Served", message="answers on 1 of 1 replicas")
-    picture = accepted(of, status={"phase": "Succeeded"}, served=served)
+    picture = accepted(of, status={"phase": "Succeeded"}, served=served, model_server="assistant")
     (condition,) = mirrored(picture, NOW).conditions or []
     assert (condition.type, condition.status, condition.reason) == ("Served", "True", "Served")
+
+
+@pytest.mark.parametrize(("label", "said"), [("", "is not there"), ("other", "names other")])
+def test_a_model_that_is_ready_without_the_jobs_server_is_not_served_by_it(label: str, said: str) -> None:
+    of = owner(serve={"server": "assistant"})
+    verified = Served(ready=True, reason="Verified", message="its files were verified")
+    picture = accepted(of, status={"phase": "Succeeded"}, served=verified, model_server=label)
+    (condition,) = mirrored(picture, NOW).conditions or []
+    assert (condition.status, condition.reason) == ("False", "NotServed")
+    assert condition.message == f"the model's label tuneward.dev/server {said}; set it to assistant to have it served there"
 
 
 def test_progress_texts_for_columns() -> None:
