@@ -76,6 +76,8 @@ def write_manifest(folder: Path, entries: list[Entry] | None = None) -> str:
         "files": [vars(entry) for entry in sorted(entries, key=lambda entry: entry.path)],
     }
     write_synced(folder / MANIFEST, json.dumps(body, indent=1).encode() + b"\n")
+    # Its own name too: whoever sees the folder complete may remove an older one, and power may fail after that.
+    _sync(folder.parent)
     return digest
 
 

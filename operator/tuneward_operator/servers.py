@@ -41,6 +41,7 @@ from tuneward_operator.served import Replica, Serving, Verdict, asks_of
 from tuneward_operator.status import make_condition
 from tuneward_operator.tolerant import tolerant
 from tuneward_operator.views import DeploymentView, PodView, ResourceView, View
+from tuneward_operator.waiting import why
 
 logger = logging.getLogger(__name__)
 
@@ -186,8 +187,9 @@ async def fetch(app: App, view: ResourceView, seen: Seen) -> Found:
         found = waiting(seen, Reason.FETCHING_MODEL, f"{report.base.uri} is in the store")
         return found, 0.0, report.base
     if not helper.ended:
-        waits = f": {helper.waits_for}" if helper.waits_for else ""
-        return waiting(seen, Reason.FETCHING_MODEL, f"fetching {server.spec.model.uri}{waits}"), CALM, None
+        because = why(helper, app.now())
+        doing = f"fetching {server.spec.model.uri}"
+        return waiting(seen, Reason.FETCHING_MODEL, f"{doing}; {because}" if because else doing), CALM, None
     return await fetch_again(app, seen, helper)
 
 

@@ -106,6 +106,18 @@ class TestManifest:
         with pytest.raises(manifest.ManifestError, match=message):
             manifest.verify(folder)
 
+    def test_everything_is_on_the_disk_before_the_manifest_and_the_folders_own_name_after_it(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = self.folder(tmp_path)
+        synced: list[Path] = []
+        monkeypatch.setattr(manifest.os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
+        manifest.write_manifest(folder)
+        files = {path for path in folder.rglob("*") if path.is_file() and path.name != manifest.MANIFEST}
+        written = next(at for at, path in enumerate(synced) if manifest.MANIFEST in path.name)
+        assert files <= set(synced[:written])
+        assert synced[-2:] == [folder, folder.parent]
+
     def test_another_digest_is_refused(self, tmp_path: Path) -> None:
         folder = self.folder(tmp_path)
         manifest.write_manifest(folder)

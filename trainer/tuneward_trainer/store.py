@@ -96,7 +96,7 @@ def _take(lock: Path, token: str) -> None:
     while True:
         try:
             with lock.open("x") as file:
-                file.write(f"{token} 0")
+                file.write(_line(token, 0))
             return
         except FileExistsError:
             content = _content(lock)
@@ -133,6 +133,14 @@ def _beat(lock: Path, token: str, stop: threading.Event) -> None:
     count = 0
     while not stop.wait(HEARTBEAT_SECONDS):
         count += 1
-        if not _content(lock).startswith(token):
-            return
-        lock.write_text(f"{token} {count}")
+        # A store that is full, or away for a moment, must not let others think that we are dead.
+        with suppress(OSError):
+            if not _content(lock).startswith(token):
+                return
+            with lock.open("r+") as file:
+                file.write(_line(token, count))
+
+
+def _line(token: str, count: int) -> str:
+    """Of one length, so that a beat is written in place and needs no room."""
+    return f"{token} {count:08d}"
