@@ -79,10 +79,16 @@ def import_here(source: Source, name: str, store: Path, voice: Voice, *, replace
         return _uri(name)
     with voice.waiting(f"copying {size(source.bytes)} to {target}"):
         (target / manifest.MANIFEST).unlink(missing_ok=True)
+        entries = []
         for entry in source.entries:
             with (source.folder / entry.path).open("rb") as content:
-                receive.write_file(content, target, entry.path)
-        manifest.write_manifest(target, source.entries)
+                entries.append(receive.write_file(content, target, entry.path))
+        try:
+            receive.complete(target, entries, source.digest)
+        except manifest.ManifestError as error:
+            raise CommandError(
+                f"{source.folder} changed while it was copied: {error}", paste=f"tuneward import {source.folder} {name}"
+            ) from error
     return _uri(name)
 
 

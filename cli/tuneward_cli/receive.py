@@ -34,9 +34,17 @@ def unpack(stream: IO[bytes], folder: Path, digest: str) -> None:
         for member in archive:
             if member.isfile() and (content := archive.extractfile(member)) is not None:
                 entries.append(write_file(content, folder, member.name))
+    complete(folder, entries, digest)
+
+
+def complete(folder: Path, entries: list[manifest.Entry], digest: str) -> None:
+    """Raises ManifestError unless just what was promised was written. What another model left here goes: a tokenizer or
+    weights of it would be read beside this one's."""
     found = manifest.digest_of(entries)
     if found != digest:
         raise manifest.ManifestError(f"received {found}, expected {digest}")
+    for stray in set(manifest.list_files(folder)) - {entry.path for entry in entries}:
+        (folder / stray).unlink()
     manifest.write_manifest(folder, entries)
 
 

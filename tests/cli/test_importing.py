@@ -91,6 +91,28 @@ def test_a_workstation_copies_once_and_refuses_another_model(model: Path, tmp_pa
     assert receive.held(store / "imports" / "m") == other.digest
 
 
+def test_nothing_of_another_model_stays_beside_a_new_one(model: Path, tmp_path: Path) -> None:
+    """An import that was broken off, or replaced: a tekken.json would be read, though no manifest names it."""
+    target = tmp_path / "store" / "imports" / "m"
+    (target / "extra").mkdir(parents=True)
+    for name in ("tekken.json", "extra/other.txt"):
+        (target / name).write_text("of another model")
+    source = importing.read_source(model, Voice())
+    importing.import_here(source, "m", tmp_path / "store", Voice())
+    assert manifest.list_files(target) == [entry.path for entry in source.entries]
+    (target / "tekken.json").write_text("of another model")
+    receive.unpack(packed(source), target, source.digest)
+    assert manifest.list_files(target) == [entry.path for entry in source.entries]
+
+
+def test_a_model_that_changes_while_it_is_copied_is_refused(model: Path, tmp_path: Path) -> None:
+    source = importing.read_source(model, Voice())
+    (model / "config.json").write_text("{ }")
+    with pytest.raises(CommandError, match="changed while it was copied"):
+        importing.import_here(source, "m", tmp_path, Voice())
+    assert receive.held(tmp_path / "imports" / "m") == ""
+
+
 def test_a_folder_that_its_own_manifest_disowns_is_refused(model: Path) -> None:
     manifest.write_manifest(model)
     (model / "config.json").write_text("[]")

@@ -8,14 +8,16 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 
-from tuneward_trainer import checkpoint
+from tuneward_trainer import checkpoint, saving
 from tuneward_trainer.distributed import be_deterministic
 from tuneward_trainer.endings import ConfigBadError
+from tuneward_trainer.session import Session
 
 IDENTITY = {"base": "sha256:a", "data": "sha256:b", "shapes": {"w": [3]}}
 HERE = {"torch": "2", "device": "CPU AVX2", "threads": 1}
@@ -145,6 +147,26 @@ def test_a_full_disk_leaves_the_older_one_and_the_training(tmp_path: Path) -> No
     saver.save(snapshot(9))
     assert saver.wait() is None
     assert newest_step(tmp_path) == 9
+
+
+def test_the_best_state_that_is_saved_already_is_not_written_over(tmp_path: Path) -> None:
+    """The last step's is saved before it is known to be the best: with `keep: 1` there is no other."""
+    saver = checkpoint.Saver(tmp_path, attempt=1, keep=1, facts=FACTS)
+    session = SimpleNamespace(
+        saver=saver,
+        engine=SimpleNamespace(step=6, save=lambda: state(6)),
+        plan=SimpleNamespace(prepared=SimpleNamespace(hyperparameters=SimpleNamespace(steps=6))),
+        watch=SimpleNamespace(memory=dict),
+        stopped=False,
+        unproved=None,
+        saved_step=3,
+    )
+    saving.save(cast(Session, session))
+    assert saver.wait() is None
+    with full_disk():
+        saving.save(cast(Session, session), proved=True)
+        saver.wait()
+    assert newest_step(tmp_path) == 6
 
 
 def test_a_half_removed_one_never_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

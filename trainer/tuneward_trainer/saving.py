@@ -39,6 +39,9 @@ def save(session: Session, *, proved: bool = False) -> None:
     saver, engine, hyper = session.saver, session.engine, session.plan.prepared.hyperparameters
     if saver is None:
         return
+    if proved and session.unproved is None and session.saved_step == engine.step:
+        # It is there, or on its way: written over, it would be no checkpoint for a while, and it may be the only one.
+        return
     session.saved_at, session.saved_step = time.monotonic(), engine.step
     facts = {**saver.facts, "watch": session.watch.memory()}
     snapshot = checkpoint.Snapshot(engine.step, engine.save(), facts)
