@@ -66,7 +66,9 @@ def packed_attention(
     # split and cat, not slices: the backward pass of a slice fills a whole tensor with zeros, for each document.
     lengths = cu_seq_lens_q.diff().tolist()
     parts = zip(torch.split(query, lengths, 2), torch.split(key, lengths, 2), torch.split(value, lengths, 2), strict=True)
-    return torch.cat([attend(q, k, v) for q, k, v in parts], 2).transpose(1, 2), None
+    # torch's kernel writes [1, L, heads, dv] and shows it transposed: back again, the result of one document is no copy.
+    found = [attend(q, k, v).transpose(1, 2) for q, k, v in parts]
+    return found[0] if len(found) == 1 else torch.cat(found, 1), None
 
 
 def _document(
