@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 
+from tuneward_api.files import FinishedAdapter
 from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import Finished, finished
 from tuneward_cli.process import end, environment
@@ -36,26 +37,38 @@ def running(store: Path, voice: Voice) -> Iterator[str]:
     if not jobs:
         raise CommandError(f"{store} holds no finished job", paste=f"tuneward train examples/finetune.yaml --store {store}")
     newest = jobs[-1]
-    name = newest.adapter.served_name if newest.adapter.whole else None
-    process, url = _start(model_folder(store, newest), store, name)
+    adapters = adapters_beside(newest, jobs)
+    process, url = _start(model_folder(store, newest), store, options(newest, adapters))
     try:
         with voice.waiting("loading the model"):
             _await(process, url, store)
-            for job in jobs:
-                same = job.plan.prepared.base.digest == newest.plan.prepared.base.digest
-                if same and not (job.adapter.whole or newest.adapter.whole):
-                    _load(url, job.adapter.served_name, store / job.adapter.folder)
+            for adapter in adapters:
+                _load(url, adapter.served_name, store / adapter.folder)
         yield url
     finally:
         end(process.pid)
 
 
-def _start(model: Path, store: Path, name: str | None) -> tuple[subprocess.Popen[bytes], str]:
+def adapters_beside(newest: Finished, jobs: Sequence[Finished]) -> list[FinishedAdapter]:
+    """Those of the newest job's base model, each name once: two jobs of the same bytes may share one."""
+    same = [job.adapter for job in jobs if job.plan.prepared.base.digest == newest.plan.prepared.base.digest]
+    found = {} if newest.adapter.whole else {adapter.served_name: adapter for adapter in same if not adapter.whole}
+    return list(found.values())
+
+
+def options(newest: Finished, adapters: Sequence[FinishedAdapter]) -> list[str]:
+    """With room for all of them, whatever an engine's own limits are."""
+    name = ["--served-base-name", newest.adapter.served_name] if newest.adapter.whole else []
+    ranks = [adapter.rank or 0 for adapter in adapters]
+    return [*name, "--max-adapters", str(max(1, len(adapters))), "--max-rank", str(max([1, *ranks]))]
+
+
+def _start(model: Path, store: Path, extra: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tuneward_serving", "engine", "--model", str(model), "--port", str(port)]
-    command += ["--served-base-name", name] if name is not None else []
+    command += extra
     with (store / "engine.log").open("wb") as log:
         process = subprocess.Popen(
             [*command, "--host", "127.0.0.1"],

@@ -183,6 +183,14 @@ def test_the_rank_that_failed_first_by_itself_is_believed(tmp_path: Path) -> Non
     assert rundir.read_result(job.run, 1) == result
 
 
+def test_a_rank_that_fails_on_its_way_out_takes_no_success_away(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    made = rundir.write_result(job.run, result_of(job, outcome="Succeeded", exit_code=0, reason=Reason.SUCCEEDED))
+    leave(tmp_path, 1, endings.Ending(Reason.INFRASTRUCTURE, "the store could not be read or written", 75))
+    assert conclude(job, tmp_path, conclusion.Outcome({1: 75})) == made
+    assert rundir.read_result(job.run, 1) == made
+
+
 def test_a_worker_that_only_lost_a_peer_takes_the_others_word(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     leave(tmp_path, 0, endings.Ending(Reason.INFRASTRUCTURE, "another rank went away", 75, secondary=True))

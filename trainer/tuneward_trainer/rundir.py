@@ -91,10 +91,11 @@ def terminal_result(run: Path, plan_digest: str) -> Result | None:
 
 
 def write_result(run: Path, result: Result, *, replace: bool = True) -> Result:
-    """Writes attempts/<n>/result.json. With `replace` false an existing one stays and is returned."""
+    """Writes attempts/<n>/result.json. An existing one stays and is returned where `replace` is false, and where it is a
+    success: what was made is on the disk then, and a rank that fails on its way out takes nothing of it away."""
     folder = attempt_directory(run, result.attempt)
     existing = read_result(run, result.attempt)
-    if existing is not None and not replace:
+    if existing is not None and (not replace or existing.outcome == "Succeeded"):
         return existing
     folder.mkdir(parents=True, exist_ok=True)
     write_synced(folder / "result.json", (canonical_json(result.to_json()) + "\n").encode())
