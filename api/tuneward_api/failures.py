@@ -59,7 +59,8 @@ class Failure:
 
 def classify(*, exit_code: int | None, reason: str | None = None, message: str | None = None) -> Failure:
     """`exit_code` as the kubelet or `waitpid` gives it (137 and -9 are both SIGKILL; None: the pod vanished),
-    `reason` as the process reported it or as the kubelet says it (OOMKilled, Evicted, DeadlineExceeded)."""
+    `reason` as the process reported it or as the kubelet says it (OOMKilled, Evicted, DeadlineExceeded), and `message` of
+    the same."""
     if reason in _REASONS:
         known = _REASONS[reason]
         if known in REASON_CLASS:
@@ -78,7 +79,7 @@ def classify(*, exit_code: int | None, reason: str | None = None, message: str |
         return Failure(
             failure_class=FailureClass.INFRASTRUCTURE,
             reason=Reason.INFRASTRUCTURE,
-            sentence=f"the node ended the worker ({reason})",
+            sentence=f"the node ended the worker ({reason}{f': {message}' if message else ''})",
         )
     return _by_exit_code(exit_code, message)
 

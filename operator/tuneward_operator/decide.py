@@ -108,7 +108,7 @@ def decide(seen: Seen, now: datetime, settings: Settings) -> Decision:
     deadline = _deadline(context)
     if deadline is not None and now >= deadline:
         seconds = context.policy.active_deadline_seconds
-        message = f"not finished {seconds} s after it was accepted (spec.runPolicy.activeDeadlineSeconds)"
+        message = f"not finished {seconds} s after it was accepted; raise spec.runPolicy.activeDeadlineSeconds in a new job"
         return _end(context, Phase.FAILED, Reason.DEADLINE_EXCEEDED, message)
     decision = _go_on(context)
     if deadline is not None:

@@ -12,7 +12,7 @@ from tuneward_api.failures import Failure, classify
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_api.names import DEFAULT_HANG_SECONDS
 from tuneward_operator import waiting
-from tuneward_operator.observe import Gang, Seen, Worker, disrupted
+from tuneward_operator.observe import Gang, Seen, Worker, disrupted, told
 from tuneward_operator.views import JobView
 
 MAX_WAIT_REASON: Final = 300
@@ -85,7 +85,7 @@ def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:
     known = classify(
         exit_code=worker.exit_code,
         reason=said or disruption or worker.reason,
-        message=result.message if result is not None else None,
+        message=result.message if result is not None else told(worker.message),
     )
     if replicas > 1:
         known = replace(known, sentence=f"worker {worker.index}: {known.sentence}")

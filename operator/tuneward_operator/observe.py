@@ -39,6 +39,8 @@ BROKEN = frozenset({Reason.DIGEST_MISMATCH, Reason.NOT_FINITE})
 """Reasons of a FineTunedModel that is not Ready which are about its files. The others are about a server that shall serve
 it, and say nothing about going on from it."""
 
+MAX_TOLD = 300
+
 Outcome = Literal["Running", "Succeeded", "Failed"]
 
 
@@ -342,12 +344,22 @@ def _failure(role: str, pod: PodView | None, report: Report | None) -> Failure:
     if exit_code == 0:
         sentence = f"the {role} pod ended without a report"
         return Failure(failure_class=classify(exit_code=None).failure_class, reason=Reason.INFRASTRUCTURE, sentence=sentence)
-    known = classify(exit_code=exit_code, reason=disrupted(pod.disruption) or pod.reason if pod else None)
+    known = classify(
+        exit_code=exit_code,
+        reason=disrupted(pod.disruption) or pod.reason if pod else None,
+        message=told(pod.message) if pod else None,
+    )
     return Failure(
         failure_class=known.failure_class,
         reason=known.reason,
         sentence=re.sub(r"\b(a worker's pod|a worker|the worker)\b", f"the {role} pod", known.sentence),
     )
+
+
+def told(message: str) -> str | None:
+    """The kubelet's or the runtime's own word on a pod's end, such as what the node was low on, or which program is not
+    there; the last words of our processes are JSON."""
+    return message[:MAX_TOLD] if message and not message.startswith("{") else None
 
 
 def disrupted(reason: str) -> str:

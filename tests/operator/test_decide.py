@@ -167,6 +167,24 @@ def test_a_lost_worker_ends_the_attempt_and_spends_a_retry(workers: list[Any], k
     assert (decision.status.launches, decision.delete) == (1, ())
 
 
+@pytest.mark.parametrize(
+    ("ended", "sentence"),
+    [
+        ({"reason": "Evicted", "message": "The node was low on resource: ephemeral-storage."}, "ephemeral-storage."),
+        ({"exit_code": 128, "reason": "StartError", "message": 'exec: "python": not found in $PATH'}, '"python": not found'),
+        (
+            {"exit_code": 1, "message": '{"attempt": "of another version"}'},
+            "a worker ended with exit code 1; its log says why",
+        ),
+    ],
+)
+def test_what_the_kubelet_says_of_a_workers_end_is_passed_on(ended: dict[str, Any], sentence: str) -> None:
+    gone = worker(phase="Failed", **ended)
+    decision = decided(accepted(status={"phase": "Running"}, gang=gang(gone)))
+    assert sentence in str(decision.status.message)
+    assert "another version" not in str(decision.status.message)
+
+
 def test_a_worker_that_was_killed_for_memory_is_told_values_that_would_do() -> None:
     of = owner(workers={"gpusPerWorker": 0, "resources": {"limits": {"memory": "4Gi"}}})
     killed = worker(phase="Failed", exit_code=137, reason="OOMKilled")
@@ -363,6 +381,7 @@ def test_a_deadline_wakes_and_strikes() -> None:
     of = owner(runPolicy={"activeDeadlineSeconds": 60})
     decision = decided(accepted(of, status={"phase": "Running"}, gang=gang(worker())))
     assert truth(decision, "Failed") == ("True", "DeadlineExceeded")
+    assert str(decision.status.message).endswith("raise spec.runPolicy.activeDeadlineSeconds in a new job")
 
 
 def test_after_the_end_nothing_is_made_and_what_runs_goes() -> None:
