@@ -20,7 +20,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from tuneward_cli import local_engine
-from tuneward_cli.errors import CommandError
+from tuneward_cli.errors import USAGE, CommandError
 from tuneward_cli.kube import Kube
 from tuneward_cli.reach import api_key, base_url, ready_pod, the_server
 from tuneward_cli.voice import Voice
@@ -134,7 +134,7 @@ def chat_here(store: Path, models: Sequence[str], question: str | None, voice: V
 def converse(talk: Talk, models: Sequence[str], question: str | None, voice: Voice) -> int:
     chosen = _chosen(talk.models(), models)
     if question is None and not voice.terminal:
-        raise CommandError("there is no terminal to ask at", paste='tuneward chat --ask "..."', code=2)
+        raise CommandError("there is no terminal to ask at", paste='tuneward chat --ask "..."', code=USAGE)
     if question is None:
         prompt(talk, chosen, voice)
         return 0

@@ -15,7 +15,7 @@ from tuneward_api.finetunejob import FineTuneJob
 from tuneward_api.names import ExitCode
 from tuneward_cli import documents, workstation
 from tuneward_cli.documents import Loaded
-from tuneward_cli.errors import CommandError
+from tuneward_cli.errors import USAGE, CommandError
 from tuneward_cli.process import environment
 from tuneward_cli.voice import Voice
 
@@ -81,7 +81,7 @@ def _check_arguments(wanted: Wanted) -> None:
         raise CommandError(
             f"{wanted.data[0]} is data: its chat template comes from a model",
             paste=f"tuneward validate {wanted.data[0]} --model DIR",
-            code=2,
+            code=USAGE,
         )
     of_files = {"--model": wanted.model, "--validation": wanted.validation, "--sequence-length": wanted.sequence_length}
     of_data = {"--show": wanted.show, "--write-corrected": wanted.corrected}
@@ -89,7 +89,7 @@ def _check_arguments(wanted: Wanted) -> None:
     idle += [name for name, value in of_data.items() if value and not wanted.data and not wanted.looks_at_jobs]
     if idle:
         needs = "data files" if idle[0] in of_files else "data files, or --store DIR to look at a job's data"
-        raise CommandError(f"{idle[0]} needs {needs}", paste="tuneward validate --help", code=2)
+        raise CommandError(f"{idle[0]} needs {needs}", paste="tuneward validate --help", code=USAGE)
     for file in (*wanted.data, *wanted.validation):
         if not file.exists():
             raise CommandError(f"{file} is not there", paste=f"ls {file.parent}", code=ExitCode.INPUT_MISSING)

@@ -31,10 +31,6 @@ class Home:
     def kubeconfig(self) -> Path:
         return self.data / "kubeconfig"
 
-    @property
-    def cluster_log(self) -> Path:
-        return self.data / "local.log"
-
 
 def source_tree() -> Path | None:
     """The checkout that this package lies in, if it does."""

@@ -19,7 +19,7 @@ from typing import Any, Final
 from tuneward_api import manifest
 from tuneward_api.names import DEFAULT_STORE_CLAIM, LABEL_ROLE, ExitCode, claim_label, hashed
 from tuneward_cli import receive
-from tuneward_cli.errors import CommandError, RefusedError
+from tuneward_cli.errors import USAGE, CommandError, RefusedError
 from tuneward_cli.kube import CLAIMS, PODS, Kind, Kube
 from tuneward_cli.voice import Voice, Wait
 from tuneward_cli.words import size
@@ -66,7 +66,9 @@ def read_source(folder: Path, voice: Voice) -> Source:
 def check_name(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][-._A-Za-z0-9]{0,62}", name):
         raise CommandError(
-            f"{name!r} must be letters, digits, '.', '_' and '-', 63 at most", paste="tuneward import DIR my-model", code=2
+            f"{name!r} must be letters, digits, '.', '_' and '-', 63 at most",
+            paste="tuneward import DIR my-model",
+            code=USAGE,
         )
     return name
 

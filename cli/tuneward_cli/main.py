@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, NoReturn, TypeAlias
 
 from tuneward_api.names import ExitCode
-from tuneward_cli.errors import INTERRUPTED, NOT_RUNNING, CommandError, RefusedError
+from tuneward_cli.errors import INTERRUPTED, NOT_RUNNING, USAGE, CommandError, RefusedError
 from tuneward_cli.home import Home
 from tuneward_cli.voice import Voice
 
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
     """Its errors have the shape of all others: a sentence and a command."""
 
     def error(self, message: str) -> NoReturn:
-        raise CommandError(message, paste=f"{self.prog} --help", code=2)
+        raise CommandError(message, paste=f"{self.prog} --help", code=USAGE)
 
 
 def parser() -> argparse.ArgumentParser:

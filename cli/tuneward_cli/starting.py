@@ -18,7 +18,7 @@ from typing import Any, Final
 from tuneward_api.files import Plan
 from tuneward_api.names import ExitCode
 from tuneward_cli import estimating
-from tuneward_cli.errors import CommandError
+from tuneward_cli.errors import USAGE, CommandError
 from tuneward_cli.voice import Voice
 from tuneward_cli.words import gibibytes
 
@@ -49,7 +49,7 @@ def start(options: Options, voice: Voice) -> int:
     """Exit code. Raises CommandError; overwrites nothing."""
     if options.out.exists():
         raise CommandError(
-            f"{options.out} is there already, and is not overwritten", paste=f"tuneward train {options.out}", code=2
+            f"{options.out} is there already, and is not overwritten", paste=f"tuneward train {options.out}", code=USAGE
         )
     sources = resolve(options)
     name = options.name or _name(options.data[0])
@@ -92,7 +92,7 @@ def _address(text: str, kind: str, claims: dict[Path, str]) -> str:
         raise CommandError(
             f"{path} cannot stand in an address: its name has spaces; rename it",
             paste=f"mv '{path}' '{path.with_name(plain)}'",
-            code=2,
+            code=USAGE,
         )
     return f"pvc://{claims[path.parent]}/{path.name}"
 

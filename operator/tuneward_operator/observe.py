@@ -83,7 +83,6 @@ class Gang:
     launch: int
     outcome: Outcome
     suspended: bool
-    started_at: datetime | None
     workers: tuple[Worker, ...]
     queue_says: str = ""
     """Why its queue lets it wait."""
@@ -304,7 +303,6 @@ def _gang(
         launch=launch,
         outcome=_outcome(job),
         suspended=job.suspended,
-        started_at=job.started_at,
         workers=tuple(worker for worker in workers if worker.uid in mine),
         queue_says=next(iter(said), ""),
     )

@@ -104,7 +104,6 @@ def gang(*workers: Worker, launch: int = 1, outcome: Outcome = "Running", **more
         launch=launch,
         outcome=outcome,
         suspended=view.suspended,
-        started_at=view.started_at,
         workers=workers,
     )
 

@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import torch
 from peft import PeftModel
-from peft.utils.save_and_load import get_peft_model_state_dict
 
 from tuneward_api import manifest
 from tuneward_api.files import Proof, ProofText, canonical_json, proof_tolerance
@@ -53,12 +52,6 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
         for key, value in config.items()
     }
     path.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
-
-
-def adapter_tensors(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter's tensors under the names of the saved file."""
-    tensors: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
-    return tensors
 
 
 def prove(model: PeftModel, samples: Sequence[Sample]) -> Proof:
