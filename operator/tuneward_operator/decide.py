@@ -296,7 +296,8 @@ def _retry(context: Context, failure: Failure, *, to: Phase) -> Decision:
     if spent >= budget:
         if budget == 0 or spent == 0:
             return _end(context, Phase.FAILED, failure.reason, failure.sentence)
-        message = f"{failure.sentence} (tried again {spent} times, spec.runPolicy.retries allows no more for {kind})"
+        often = "once" if spent == 1 else f"{spent} times"
+        message = f"{failure.sentence} (tried again {often}, spec.runPolicy.retries allows no more for {kind})"
         return _end(context, Phase.FAILED, Reason.RETRIES_EXHAUSTED, message)
     first = context.settings.retry_seconds
     wait = first if texts.progressed(context.status) else min(LONGEST_RETRY_SECONDS, first * 2.0 ** min(spent, 20))

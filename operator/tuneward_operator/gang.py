@@ -60,7 +60,7 @@ def failure(gang: Gang, now: datetime, policy: RunPolicy, replicas: int) -> Fail
     if gang.outcome == "Failed":
         return classify(exit_code=None)
     if not gang.suspended and not running(gang, replicas) and waiting.start_left(gang.job, now, policy) <= 0:
-        return waiting.too_late("the gang", start_message(gang, replicas, now), policy, resources="spec.workers.resources")
+        return waiting.too_late("the gang", _how_far(gang, replicas, now), policy, resources="spec.workers.resources")
     return _hang(gang.leader, policy)
 
 
@@ -93,6 +93,11 @@ def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:
 
 
 def start_message(gang: Gang, replicas: int, now: datetime) -> str:
+    said = _how_far(gang, replicas, now)
+    return said + waiting.hint(said)
+
+
+def _how_far(gang: Gang, replicas: int, now: datetime) -> str:
     up = sum(worker.phase in ("Running", "Succeeded") for worker in gang.workers)
     why = next(
         (worker.message or worker.reason for worker in gang.workers if worker.phase == "Pending" and worker.message), ""

@@ -16,8 +16,11 @@ DEFAULT_START_SECONDS: Final = 1800
 NO_POD_SECONDS: Final = 10.0
 """The Job controller makes a pod within a second, or says on the Job why it may not."""
 
+_NO_GPU: Final = r"Insufficient \S+/\S+"
+_GPUS: Final = "lower spec.workers.gpusPerWorker (0 trains on CPUs), or add nodes that have as many"
 _ROOM: Final = "make room on a node, or ask for less in {resources}"
 _REMEDIES: Final = (
+    (_NO_GPU, _GPUS),
     (r"Insufficient|exceeded quota|Too many pods", _ROOM),
     (r"affinity|selector|taint", "make the nodes fit spec.workers.nodeSelector and tolerations, or change these"),
     (r"[Pp]ersistent[Vv]olume|volume", "look at the claim with `kubectl describe pvc`"),
@@ -48,6 +51,11 @@ def too_late(what: str, why: str, policy: RunPolicy, *, resources: str) -> Failu
 def remedy(why: str, resources: str) -> str:
     advice = next((advice for pattern, advice in _REMEDIES if re.search(pattern, why)), "`kubectl describe pod` says more")
     return f"{advice.format(resources=resources)}, or raise spec.runPolicy.startTimeoutSeconds"
+
+
+def hint(why: str) -> str:
+    """What to change at once, where waiting seldom helps: one GPU is the default, and a cluster may have none."""
+    return f"; {_GPUS}" if re.search(_NO_GPU, why) else ""
 
 
 def why(helper: Helper, now: datetime) -> str:

@@ -121,6 +121,15 @@ def test_a_gang_starts_and_runs() -> None:
     assert (decision.status.phase, truth(decision, "Running")) == (Phase.RUNNING, ("True", "Training"))
 
 
+def test_where_no_node_has_a_gpu_the_way_out_is_said_at_once() -> None:
+    """One is the default."""
+    pending = worker(phase="Pending", message="0/1 nodes are available: 1 Insufficient nvidia.com/gpu.")
+    decision = decided(accepted(status={"phase": "Starting"}, gang=gang(pending)))
+    assert str(decision.status.message).endswith(
+        "lower spec.workers.gpusPerWorker (0 trains on CPUs), or add nodes that have as many"
+    )
+
+
 def test_a_silent_leader_is_stale_and_never_hangs() -> None:
     decision = decided(accepted(status={"phase": "Running"}, gang=gang(worker(started_at=ago(500)))))
     assert (decision.status.phase, truth(decision, "Running")) == (Phase.RUNNING, ("True", "ProgressStale"))
@@ -293,6 +302,7 @@ def test_a_job_of_which_no_pod_is_made_says_where_the_reason_stands() -> None:
     ("why", "advice"),
     [
         (NO_ROOM, "make room on a node, or ask for less in X"),
+        ("0/1 nodes are available: 1 Insufficient nvidia.com/gpu.", "lower spec.workers.gpusPerWorker (0 trains on CPUs)"),
         ("0/1 nodes are available: 1 node(s) had untolerated taint {gpu: true}.", "make the nodes fit spec.workers.node"),
         ("0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims.", "`kubectl describe pvc`"),
         ('persistentvolumeclaim "data" not found', "`kubectl describe pvc`"),

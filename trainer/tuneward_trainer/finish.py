@@ -47,7 +47,8 @@ def finish(plan: Plan, store: Path) -> FinishReport:
     try:
         digest = manifest.verify(source, digest=result.adapter_digest)
     except manifest.ManifestError as error:
-        raise report.input_missing(f"the trained {_noun(plan)} is not what the trainer left: {error}") from error
+        what = f"the trained {_noun(plan)} is not what the trainer left: {error}"
+        raise report.input_missing(f"{what}; something else wrote to the store: train again in a new FineTuneJob") from error
     evaluation = plan.request.spec.evaluation
     refusal = refused(evaluation.gate if evaluation is not None else None, result.metrics)
     if refusal is not None:
