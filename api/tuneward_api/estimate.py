@@ -56,7 +56,7 @@ class Setup:
     full: bool = False
     """All weights are trained, and there are no adapters."""
     shards: int = 1
-    """Ranks that hold the model together, where it is trained whole."""
+    """Ranks that hold the base model together."""
     rank: int = 16
     targets: Set[str] | None = None
     """Last parts of the names of the adapted Linears; None: all of the decoder."""
@@ -85,9 +85,10 @@ class Memory:
     """Bytes of one rank at its peak, by what they are for."""
 
     weights: int
-    """Of the frozen base model, or the rank's share of one that is trained."""
+    """Of the frozen base model, or the rank's share of it."""
     state: int
-    """Trained parameters, their gradients and partial sums, AdamW's moments, and the copy that is being saved."""
+    """Trained parameters, their gradients and partial sums, AdamW's moments, the copy that is being saved, and of a model
+    that ranks share what is gathered for a pass."""
     activations: int
     """Kept for the backward pass."""
     work: int
@@ -147,7 +148,7 @@ def _adapted(shape: Shape, data: Data, setup: Setup) -> Memory:
     logit = 4 if setup.device == "cpu" else 8
     return Memory(
         weights=_weights(shape, setup),
-        state=4 * trained * (1 + 1 + partial_sums + 2 + 3),
+        state=4 * trained * (1 + 1 + partial_sums + 2 + 3) + _gathered(shape, setup),
         activations=round(setup.tokens * saved_per_token(shape, data, setup)),
         work=_work(shape, data, setup),
         head=scored * shape.vocabulary * logit * (3 if shape.squashed else 1),
@@ -158,7 +159,19 @@ def _adapted(shape: Shape, data: Data, setup: Setup) -> Memory:
 def _weights(shape: Shape, setup: Setup) -> int:
     parameters = setup.parameters or shape.parameters
     packed = min(shape.packable, parameters) if setup.nf4 else 0
-    return round((parameters - packed) * setup.size + packed * NF4)
+    # Scales stay whole on each rank.
+    return round(((parameters - packed) * setup.size + packed * 0.5) / setup.shards + packed * (NF4 - 0.5))
+
+
+def _gathered(shape: Shape, setup: Setup) -> int:
+    """Bytes of a frozen base model that ranks share: what lies around its layers, for all of a pass; of two layers the
+    weights, and of one the buffer that they came in."""
+    if setup.shards == 1:
+        return 0
+    packed = shape.packable if setup.nf4 else 0
+    layers = max(0, shape.parameters - (1 if shape.tied else 2) * shape.vocabulary * shape.hidden)
+    around = max(0, (setup.parameters or shape.parameters) - layers)
+    return round(around * setup.size + 3 / shape.layers * ((layers - packed) * setup.size + packed * 0.5))
 
 
 def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:

@@ -26,7 +26,14 @@ from tuneward_api.conditions import Reason
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import MAX_MESSAGE, TERMINATION_MESSAGE_LIMIT
 from tuneward_api.objective import SUPERVISED, ResolvedObjective
-from tuneward_api.resolved import ResolvedData, ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
+from tuneward_api.resolved import (
+    BaseWeights,
+    ResolvedData,
+    ResolvedEstimate,
+    ResolvedHyperparameters,
+    ResolvedMethod,
+    ResolvedPacking,
+)
 from tuneward_api.trackers import TrackerState
 
 
@@ -114,6 +121,7 @@ class Prepared(Record):
     hyperparameters: ResolvedHyperparameters
     packing: ResolvedPacking
     bins_per_micro_batch: Int = 1
+    base_weights: BaseWeights | None = None
     estimate: ResolvedEstimate | None = None
     model_type: str = Field("", description="config.json's model_type.")
 

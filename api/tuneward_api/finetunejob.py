@@ -70,6 +70,11 @@ FULL_RULES = (
         "out, and make a ModelServer of it when the job is done",
         check=lambda s: not _trains_all(s) or s.serve is None,
     ),
+    Rule(
+        cel=f"{_FULL_CEL} || !has(self.workers) || !has(self.workers.baseWeights)",
+        message="method.type Full leaves no weight frozen, and always shards them; leave workers.baseWeights out",
+        check=lambda s: not _trains_all(s) or s.workers is None or s.workers.base_weights is None,
+    ),
 )
 """Of FineTuneJobSpec."""
 
@@ -219,6 +224,21 @@ class Workers(Model):
     resources: Resources | None = Field(None, description="CPU and memory of each pod. Default: 2 CPUs, 4Gi requested.")
     node_selector: NodeSelector | None = Field(None, description="Labels that a worker's node must have.")
     tolerations: list[Toleration] | None = Field(None, max_length=32, description="Taints that workers bear.")
+    base_weights: Literal["Replicated", "Sharded"] | None = Field(
+        None,
+        description="Where the frozen base model is: Replicated, whole on each rank, or Sharded, split over all ranks, "
+        "which gather it layer by layer. The result is the same. Default: Sharded where that makes it fit a rank's memory, "
+        "else Replicated.",
+    )
+
+    RULES: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.baseWeights) || self.baseWeights != 'Sharded' || (has(self.replicas) && self.replicas > 1) || "
+            "(has(self.gpusPerWorker) && self.gpusPerWorker > 1)",
+            message="baseWeights Sharded splits the base model over ranks; set replicas or gpusPerWorker to 2 or more",
+            check=lambda w: w.base_weights != "Sharded" or (w.replicas or 1) > 1 or (w.gpus_per_worker or 1) > 1,
+        ),
+    )
 
 
 class Checkpoint(Model):

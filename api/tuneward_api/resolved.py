@@ -51,10 +51,13 @@ class ResolvedPacking(Model):
     )
 
 
+MethodType = Literal["LoRA", "QLoRA", "DoRA", "Full"]
+
+
 class ResolvedMethod(Model):
     """The method with every default chosen."""
 
-    type: Literal["LoRA", "QLoRA", "DoRA", "Full"] = Field(
+    type: MethodType = Field(
         description="Kind of adapter (QLoRA: a LoRA on packed weights), or Full: all weights, and no adapter."
     )
     rank: Int | None = Field(None, description="Rank.")
@@ -65,6 +68,10 @@ class ResolvedMethod(Model):
         None, max_length=64, description="Adapted layers."
     )
     trainable_parameters: Int = Field(description="Number of parameters that are trained.", ge=0)
+
+
+BaseWeights = Literal["Replicated", "Sharded", "Auto"]
+"""Auto: on GPUs the ranks choose when they start, by the smallest one's memory, which prepare cannot know."""
 
 
 class ResolvedHyperparameters(Model):
@@ -87,7 +94,7 @@ class ResolvedEstimate(Model):
     rows at once as are of any use, of which it takes fewer where its memory is smaller."""
 
     memory_bytes: Int = Field(description="All that a rank needs, with what allocators and drivers keep.", ge=0)
-    weight_bytes: Int = Field(description="Of it, the base model's weights; with Full the rank's share.", ge=0)
+    weight_bytes: Int = Field(description="Of it, the base model's weights; the rank's share where they are sharded.", ge=0)
     state_bytes: Int = Field(description="Trained parameters, gradients and the optimizer's moments.", ge=0)
     activation_bytes: Int = Field(description="What the backward pass needs of the forward pass.", ge=0)
     buffer_bytes: Int = Field(description="The largest of what is needed for a moment, such as logits.", ge=0)
@@ -105,6 +112,11 @@ class Resolved(Model):
     hyperparameters: ResolvedHyperparameters = Field(description="The numbers.")
     bins_per_micro_batch: Int = Field(description="Packed rows a forward pass.")
     packing: ResolvedPacking = Field(description="Whether samples share a row.")
+    base_weights: BaseWeights | None = Field(
+        None,
+        description="Whether each rank has the frozen base model whole (Replicated) or its share of it (Sharded); Auto: "
+        "ranks choose by their GPUs' memory and log it. Absent with Full.",
+    )
     estimate: ResolvedEstimate | None = Field(None, description="What it was expected to cost.")
     images: dict[Annotated[str, Field(max_length=63)], Annotated[str, Field(max_length=512)]] = Field(
         max_length=8, description="Images that the job runs."

@@ -126,13 +126,14 @@ def _who(found: Mapping[str, Any]) -> str:
 
 
 def _memory_lines(found: Mapping[str, Any], memory: Mapping[str, int], *, whole: bool) -> Iterator[str]:
+    shared = ", a rank's share" if found["sharded"] else ""
     twice = ", each layer computed twice to save memory" if found["recompute"] else ""
     yield (
         f"  memory  {gibibytes(memory['resident'])}, where {_who(found)} has {gibibytes(memory['available'])}; "
         f"{found['rows']} {'row' if found['rows'] == 1 else 'rows'} at once{twice}"
     )
     for part, text in (
-        ("weights", "the weights, a rank's share" if whole else "the frozen base model"),
+        ("weights", f"{'the weights' if whole else 'the frozen base model'}{shared}"),
         ("state", "gradients, optimizer, gathered layers" if whole else "trained parameters, gradients, optimizer"),
         ("activations", "kept for the backward pass"),
         ("buffers", "buffers"),

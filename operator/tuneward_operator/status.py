@@ -154,6 +154,7 @@ def resolved_of(plan: Plan) -> Resolved:
         bins_per_micro_batch=prepared.bins_per_micro_batch,
         estimate=prepared.estimate,
         packing=prepared.packing,
+        base_weights=prepared.base_weights,
         images={"trainer": plan.request.images.trainer},
     )
 

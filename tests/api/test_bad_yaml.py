@@ -35,6 +35,7 @@ spec:
     replicas: 2
     gpusPerWorker: 8
     resources: {requests: {cpu: "8", memory: 64Gi}, limits: {memory: 64Gi}}
+    baseWeights: Sharded
     nodeSelector: {gpu: h100}
     tolerations: [{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]
   checkpoint: {everySeconds: 600, keep: 3}
@@ -234,6 +235,21 @@ CASES = [
     Bad("seed", "spec.hyperparameters.seed", -1, "spec.hyperparameters.seed", "at least 0"),
     Bad("deterministic", "spec.hyperparameters.deterministic", "yes", "spec.hyperparameters.deterministic", "true or false"),
     Bad("no worker", "spec.workers.replicas", 0, "spec.workers.replicas", "at least 1"),
+    Bad("base elsewhere", "spec.workers.baseWeights", "Offloaded", "spec.workers.baseWeights", "'Replicated' or 'Sharded'"),
+    Bad("nobody to share with", "spec.workers", {"baseWeights": "Sharded"}, "spec.workers", "set replicas or gpusPerWorker"),
+    Bad("one CPU to share", "spec.workers", {"gpusPerWorker": 0, "baseWeights": "Sharded"}, "spec.workers", "to 2 or more"),
+    Bad(
+        "Full says where its base is",
+        "spec",
+        {
+            "model": {"uri": "pvc://a/b"},
+            "datasets": PRETRAINING,
+            "method": {"type": "Full"},
+            "workers": {"baseWeights": "Replicated"},
+        },
+        "spec",
+        "leave workers.baseWeights out",
+    ),
     Bad("GPUs negative", "spec.workers.gpusPerWorker", -1, "spec.workers.gpusPerWorker", "at least 0"),
     Bad(
         "GPU key in resources",

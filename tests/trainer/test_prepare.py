@@ -66,6 +66,7 @@ def test_the_report_holds_every_default(room: Room, unverified: None) -> None:
             "seed": 0,
         },
         "binsPerMicroBatch": 11,
+        "baseWeights": "Replicated",
         "modelType": "llama",
     }
     key, digest = base.pop("key"), data["summary"].pop("digest")

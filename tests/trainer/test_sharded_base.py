@@ -1,28 +1,31 @@
 """A frozen base split over ranks by FSDP2, adapters whole on each: the gradients are those of a base that each rank has whole,
-bit for bit, for every patch asks its layer for the weight in both passes. No job does this yet."""
+bit for bit, for every patch asks its layer for the weight in both passes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
+from tests.trainer import test_memory
 from tests.trainer.jobs import DEADLINE, TARGETS, context, free_port, tiny_config
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from tests.trainer.test_memory import batch_of, config_of, data_of, peak, setup_of
 from transformers import LlamaForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuneward_api.estimate import Shape, memory
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_trainer import distributed, nf4, patches, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import add_adapters, packable, trainable
+from tuneward_trainer.sharded import share
 
 BASES = ("float32", "bfloat16", "nf4")
 WORLD = 2
@@ -45,12 +48,12 @@ def adapted(kind: str) -> PeftModel:
     return model
 
 
-def shard(model: PeftModel) -> None:
-    """A group for each layer; packed weights are bytes, and their scales stay whole."""
-    mesh, adapters, base = init_device_mesh("cpu", (WORLD,)), set(trainable(model).values()), model.get_base_model()
-    layers = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in (*layers, base):
-        fully_shard(module, mesh=mesh, ignored_params=adapters)
+WIDE = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6, "vocab_size": 1000}
+
+
+def wide() -> PeftModel:
+    """Its layers are larger than what a batch keeps of them."""
+    return test_memory.adapted(config_of("Llama", **WIDE))
 
 
 def digest(model: PeftModel) -> str:
@@ -67,16 +70,20 @@ def _rank(rank: int, port: int, file: Path) -> None:
         RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
     )
     gang, found = distributed.join(), {}
+    (file.parent / str(rank)).mkdir()
     for kind in BASES:
         model = adapted(kind)
-        shard(model)
+        share(model.get_base_model(), gang)
         found[kind] = digest(model)
+    model, batch = wide(), batch_of(200, 150)
+    share(model.get_base_model(), gang)
+    found["peak"] = peak(model, batch, file.parent / str(rank))
     file.with_suffix(f".{rank}").write_text(json.dumps(found))
     gang.close()
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     port, file = free_port(), tmp_path_factory.mktemp("sharded") / "found"
     ranks = [context.Process(target=_rank, args=(rank, port, file), daemon=True) for rank in range(WORLD)]
@@ -88,7 +95,7 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, sharded: list[dict[str, str]]) -> None:
+def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, sharded: list[dict[str, Any]]) -> None:
     # As ranks do: the order of sums is that of one thread.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -96,3 +103,14 @@ def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, sharded: l
         assert {found[kind] for found in sharded} == {digest(adapted(kind))}
     finally:
         torch.set_num_threads(threads)
+
+
+def test_what_is_gathered_is_known(sharded: list[dict[str, Any]]) -> None:
+    """The most that torch has at once, over a rank's share."""
+    batch, shape = batch_of(200, 150), Shape.of(config_of("Llama", **WIDE).to_dict())
+    setup = setup_of(wide(), batch, shards=WORLD)
+    whole, shared = (memory(shape, data_of(batch), replace(setup, shards=shards)) for shards in (1, WORLD))
+    assert shared.weights == whole.weights / WORLD
+    gathered = shared.state - whole.state
+    for found in sharded:
+        assert found["peak"] == pytest.approx(gathered + shared.activations + max(shared.work, shared.head), rel=0.1)

@@ -82,7 +82,7 @@ def circumstances(gang: Gang, choice: Choice, *, packed: bool = False) -> dict[s
     return {
         **of_gpus,
         # Gradients of shards are added up rank by rank.
-        **({"ranks": gang.world} if gang.together else {}),
+        **({"ranks": gang.world} if gang.optimizer_sharded else {}),
         **({"bitsandbytes": nf4.release()} if packed else {}),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else f"CPU {torch.backends.cpu.get_cpu_capability()}",

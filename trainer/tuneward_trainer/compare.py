@@ -120,7 +120,7 @@ def _figures(session: Session, forward: Patched) -> dict[str, float] | None:
         validation,
         session.held_out_loss,
         session.gang,
-        rows=evaluate.rows_of(validation.lengths.tolist(), 0 if session.apart else _row_tokens(session), unit),
+        rows=evaluate.rows_of(validation.lengths.tolist(), _row_tokens(session), unit),
         stopping=lambda: session.stop.asked,
     )
     step = session.engine.step
@@ -130,8 +130,8 @@ def _figures(session: Session, forward: Patched) -> dict[str, float] | None:
 
 
 def _row_tokens(session: Session) -> int:
-    """Tokens of a row that is only looked at: nothing of it is kept for a backward pass."""
-    return max(session.schedule.row_tokens, 1024)
+    """Tokens of a row that is only looked at: nothing of it is kept for a backward pass. 0: a document has a row alone."""
+    return 0 if session.apart else max(session.schedule.row_tokens, 1024)
 
 
 def choose(session: Session, forward: Patched) -> None:

@@ -102,8 +102,10 @@ class Gang:
     device: torch.device
     control: dist.ProcessGroup | None = None
     """gloo; None when there is one rank."""
-    together: bool = False
+    model_sharded: bool = False
     """The ranks hold one model between them, so each forward pass is one of all ranks."""
+    optimizer_sharded: bool = False
+    """Each rank holds its part of what is trained and of the moments, and writes it to a checkpoint."""
 
     @property
     def leads(self) -> bool:

@@ -19,6 +19,7 @@ from itertools import groupby
 from typing import Any, Final, Protocol
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 PATIENCE: Final = 5
 """Suspect steps in a row that are a divergence."""
@@ -130,7 +131,8 @@ def record(what: str, watch: LossWatch, samples: Sequence[Named]) -> dict[str, A
 
 
 def damaged_weights(model: nn.Module) -> str | None:
-    """Names a frozen weight that holds numbers which are not finite: no learning rate mends that."""
+    """Names a frozen weight that holds numbers which are not finite, of a sharded one in this rank's share: no learning rate
+    mends that."""
     for name, count in _not_finite(model.named_parameters()):
         plain = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
         return (
@@ -143,6 +145,7 @@ def damaged_weights(model: nn.Module) -> str | None:
 def _not_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> Iterable[tuple[str, int]]:
     for name, parameter in parameters:
         if not parameter.requires_grad:
-            count = int((~parameter.isfinite()).sum())
+            held = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            count = int((~held.isfinite()).sum())
             if count:
                 yield name, count

@@ -44,8 +44,10 @@ class Output:
 class Engine:
     """Trains what of `model` requires a gradient. `forward` is the model's, patched or not (patches.applied)."""
 
-    def __init__(self, model: PeftModel, *, weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(self, model: PeftModel, *, weight_decay: float, max_grad_norm: float, idle: Batch | None = None) -> None:
+        """`idle`: on the device, with weights of 0, where a pass is one of all ranks (Gang.model_sharded)."""
         self.model = model
+        self._idle = idle
         self.max_grad_norm = max_grad_norm
         self.step = 0
         self._shapes = {name: parameter.shape for name, parameter in trainable(model).items()}
@@ -62,6 +64,7 @@ class Engine:
     def forward_backward(self, forward: Forward, batch: Batch, loss: Loss, *, seed: int | None = None) -> Output:
         """Adds the gradient of `loss` over `batch` to `gradient`. A batch without targets adds nothing."""
         if not len(batch.rows):
+            self.idle(forward)
             return Output(self.gradient.new_zeros(len(loss.figures)), self.gradient.new_zeros(0))
         if seed is not None:
             set_dropout(self.model, on=True)
@@ -74,6 +77,11 @@ class Engine:
             if seed is not None:
                 set_dropout(self.model, on=False)
         return Output(figures.detach(), logprobs.detach())
+
+    def idle(self, forward: Forward) -> None:
+        """A pass for the others' sake, which teaches nothing; none where a pass is this rank's own matter."""
+        if self._idle is not None:
+            pass_through(forward, self._idle)
 
     def optim_step(self, learning_rate: float, gradient: Tensor) -> Tensor:
         """One AdamW step along `gradient`, clipped to `max_grad_norm`. Returns the norm before that, on the device."""
@@ -142,6 +150,11 @@ def _flatten(model: PeftModel) -> tuple[Tensor, Tensor]:
         start = end
     flat.grad = gradient
     return flat.requires_grad_(), gradient
+
+
+def pass_through(forward: Forward, idle: Batch) -> None:
+    """Forward and backward of a batch whose weights are 0: other ranks wait for this one's shards."""
+    torch.autograd.backward((forward(idle) * idle.weights).sum())
 
 
 def block_norm(flat: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
         device="cuda" if room else "cpu",
         unit=documents_a_unit(prepared.objective.type),
         ranks=memory.ranks_of(plan.request.spec),
-    )
+    ).placed(prepared.base_weights, room)
     choice = found.choose(room) if room else memory.Choice(prepared.bins_per_micro_batch)
     needs, had = found.memory(choice), room or memory.worker_memory(plan.request.spec)
     each = found.flops(choice)
@@ -69,6 +69,7 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
         "family": {"name": shape.family, "known": shape.known},
         "rows": choice.bins,
         "recompute": choice.recompute,
+        "sharded": found.setup.shards > 1,
         "memory": {
             "weights": needs.weights,
             "state": needs.state,

@@ -29,12 +29,12 @@ ROUND: Final = 8
 """Rows that a rank scores between two looks at whether to stop."""
 
 
-def filler(documents: Documents) -> Batch:
-    """One document, of weight 0: what a rank passes through the model for the others' sake. Raises ValueError where no
-    document has a target."""
-    for index in range(len(documents)):
-        batch = collate([(index, documents[index])])
-        if batch.documents:
+def filler(documents: Documents, unit: int = 1) -> Batch:
+    """`unit` documents that belong together, of weight 0: what a rank passes through the model for the others' sake. Raises
+    ValueError where no document has a target."""
+    for first in range(0, len(documents), unit):
+        batch = collate((index, documents[index]) for index in range(first, first + unit))
+        if batch.documents == unit:
             return batch.scaled(0.0)
     raise ValueError("no document has a target")
 
@@ -102,7 +102,7 @@ def _every_row(
             index = first + gang.rank
             if index < stop:
                 found[index] = score(rows[index])
-            elif gang.together:
+            elif gang.model_sharded:
                 score(rows[first])
         heed(gang, stopping)
     return gang.add(found)
@@ -120,6 +120,6 @@ def _scored(forward: Forward, documents: Documents, row: list[int], gang: Gang, 
     scored = torch.zeros(*kinds, 0, dtype=torch.float64)
     if batch.documents:
         scored = forward(batch.to(gang.device)).double().cpu()
-    elif gang.together:
+    elif gang.model_sharded:
         forward(filler(documents).to(gang.device))
     return replace(batch, weights=batch.weights.double()), scored

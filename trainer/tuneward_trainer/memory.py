@@ -20,7 +20,7 @@ from tuneward_api.estimate import GIB, Data, Device, Memory, Setup, flops_per_to
 from tuneward_api.files import Plan, Prepared
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.quantities import to_bytes
-from tuneward_api.resolved import ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
+from tuneward_api.resolved import BaseWeights, ResolvedEstimate, ResolvedHyperparameters, ResolvedMethod
 from tuneward_api.shape import Shape
 from tuneward_trainer.schedule import documents_a_unit
 
@@ -49,6 +49,8 @@ class Costs:
     hyper: ResolvedHyperparameters
     unit: int = 1
     """Longest documents that a row has room for (schedule.documents_a_unit)."""
+    ranks: int = 1
+    """Of the gang."""
 
     @property
     def row(self) -> int:
@@ -68,11 +70,12 @@ class Costs:
         unit: int = 1,
         ranks: int = 1,
     ) -> Costs:
-        """`ranks`: of the gang."""
+        """A frozen base model is one that each of the gang's `ranks` has whole."""
+        full = method.type == "Full"
         setup = Setup(
             tokens=0,
-            full=method.type == "Full",
-            shards=ranks,
+            full=full,
+            shards=ranks if full else 1,
             rank=method.rank or 0,
             targets=frozenset(method.target_modules) if method.target_modules is not None else None,
             dora=method.type == "DoRA",
@@ -82,7 +85,33 @@ class Costs:
             parameters=parameters,
             trained=method.trainable_parameters or None,
         )
-        return cls(shape=shape, data=data, setup=setup, hyper=hyper, unit=unit)
+        return cls(shape=shape, data=data, setup=setup, hyper=hyper, unit=unit, ranks=ranks)
+
+    @property
+    def sharded(self) -> Costs:
+        """The same with a base model that all ranks share."""
+        return replace(self, setup=replace(self.setup, shards=self.ranks))
+
+    def placed(self, weights: BaseWeights | None, room: int | None) -> Costs:
+        """As a plan's `base_weights` has it. `room`: bytes of a GPU, by which Auto is decided."""
+        apart = weights == "Sharded" or (weights == "Auto" and room is not None and self.too_large(room))
+        return self.sharded if apart else self
+
+    def too_large(self, room: int) -> bool:
+        """Whether a rank of `room` bytes can do a row of work with its share of a frozen base model, not with all of it."""
+        if self.setup.full or self.ranks == 1:
+            return False
+        fits, shared = self._does_a_row(room), self.sharded._does_a_row(room)
+        return shared and not fits and not (self._read_whole and self.memory(Choice(1)).weights > room)
+
+    def _does_a_row(self, room: int) -> bool:
+        # Only on GPUs layers are computed twice for want of memory.
+        return self.fit(room, recompute=self.setup.device == "cuda") >= self.row
+
+    @property
+    def _read_whole(self) -> bool:
+        """Whether a rank holds all weights in its memory before it keeps its share: sharded.adapted says why."""
+        return self.setup.nf4 or (self.setup.dora and self.setup.device == "cpu")
 
     def flops(self, choice: Choice) -> float:
         """Of a token."""
@@ -179,8 +208,9 @@ def ranks_of(spec: FineTuneJobSpec) -> int:
     return (workers.replicas or 1) * max(1, 1 if workers.gpus_per_worker is None else workers.gpus_per_worker)
 
 
-def costs_of(prepared: Prepared, folder: Path, device: Device, ranks: int) -> Costs | None:
-    """Of a plan, from its model in `folder`. Documents are taken to fill their rows, as the lengths are not at hand."""
+def costs_of(prepared: Prepared, folder: Path, device: Device, ranks: int, room: int | None = None) -> Costs | None:
+    """Of a plan, from its model in `folder`, for a gang of `ranks` GPUs of `room` bytes, or of CPU processes. Documents are
+    taken to fill their rows, as the lengths are not at hand."""
     shape, summary, hyper = shape_of(folder), prepared.data.summary, prepared.hyperparameters
     if shape is None:
         return None
@@ -195,12 +225,34 @@ def costs_of(prepared: Prepared, folder: Path, device: Device, ranks: int) -> Co
         device=device,
         unit=unit,
         ranks=ranks,
-    )
+    ).placed(prepared.base_weights, room)
+
+
+def shares_base(prepared: Prepared, folder: Path, room: int | None, ranks: int) -> bool:
+    """Whether the gang's ranks split the frozen base model. `room`: as in `rows`."""
+    if prepared.base_weights != "Auto" or room is None:
+        return prepared.base_weights == "Sharded" and ranks > 1
+    costs = costs_of(prepared, folder, "cuda", ranks, room)
+    return costs is not None and costs.setup.shards > 1
+
+
+def base_weights(spec: FineTuneJobSpec, costs: Costs | None, room: int | None) -> BaseWeights | None:
+    """What the job asks for, or what its memory needs; `room`: a CPU worker's. None where no weight is frozen."""
+    if spec.method is not None and spec.method.type == "Full":
+        return None
+    asked = spec.workers.base_weights if spec.workers is not None else None
+    if asked is not None:
+        return asked
+    if costs is None or costs.ranks == 1:
+        return "Replicated"
+    if room is None:
+        return "Auto"
+    return "Sharded" if costs.too_large(room) else "Replicated"
 
 
 def rows(prepared: Prepared, folder: Path, room: int | None, ranks: int = 1) -> Choice:
     """`room`: bytes of the smallest GPU of the gang of `ranks`; None on a CPU, where prepare chose."""
-    costs = costs_of(prepared, folder, "cuda", ranks) if room is not None else None
+    costs = costs_of(prepared, folder, "cuda", ranks, room) if room is not None else None
     if room is None or costs is None:
         return Choice(prepared.bins_per_micro_batch)
     choice = costs.choose(room)
@@ -211,7 +263,7 @@ def remedy(plan: Plan, folder: Path, room: int | None) -> str:
     """What to lower, to which value, after memory ran out. `room`: bytes of the GPU; None: a CPU worker has the job's."""
     device: Device = "cpu" if room is None else "cuda"
     workers, ranks = plan.request.spec.workers, ranks_of(plan.request.spec)
-    costs, choice = costs_of(plan.prepared, folder, device, ranks), rows(plan.prepared, folder, room, ranks)
+    costs, choice = costs_of(plan.prepared, folder, device, ranks, room), rows(plan.prepared, folder, room, ranks)
     if costs is None:
         return "lower spec.hyperparameters.sequenceLength, or give the workers more memory"
     had = worker_memory(plan.request.spec) if room is None else room
@@ -227,7 +279,8 @@ def remedy(plan: Plan, folder: Path, room: int | None) -> str:
             f"all weights with their gradients and moments take more than a rank's {had / GIB:.3g} GiB: {instead}, raise "
             f"spec.workers.replicas from {replicas}, since ranks share them, or set spec.method.type to LoRA"
         )
-    return f"{_smaller(costs, choice, had)}, {_packed(plan.prepared.method.type, costs, choice, had)}or {instead}"
+    other = _packed(plan.prepared.method.type, costs, choice, had) + _shared(costs, choice, had)
+    return f"{_smaller(costs, choice, had)}, {other}or {instead}"
 
 
 def _packed(kind: str, costs: Costs, choice: Choice, room: int) -> str:
@@ -236,6 +289,14 @@ def _packed(kind: str, costs: Costs, choice: Choice, room: int) -> str:
     if kind != "LoRA" or needs > 0.75 * min(room, costs.memory(choice).resident):
         return ""
     return f"use spec.method.type QLoRA (about {needs / GIB:.1f} GiB), "
+
+
+def _shared(costs: Costs, choice: Choice, room: int) -> str:
+    """A sharded base model, by the same measure."""
+    needs = costs.sharded.memory(choice).resident
+    if costs.setup.full or needs > 0.75 * min(room, costs.memory(choice).resident):
+        return ""
+    return f"set spec.workers.baseWeights to Sharded (about {needs / GIB:.1f} GiB), "
 
 
 def _smaller(costs: Costs, choice: Choice, room: int) -> str:

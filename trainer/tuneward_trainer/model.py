@@ -83,6 +83,17 @@ def quantised(config: dict[str, Any]) -> str | None:
     return str(found.get("quant_method", "unknown")) if isinstance(found, dict) else "unknown"
 
 
+def computed_in(device: torch.device) -> torch.dtype:
+    """What a frozen base model computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_to_share(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The base model, frozen, for ranks that will keep a share of it each (sharded.share): in the host's memory. Weights
+    whose files have this dtype (None: as they are) are views of these files, and take no memory until they are used."""
+    return _load(folder, dtype or "auto")
+
+
 def load_base(
     folder: Path,
     device: torch.device,
@@ -94,7 +105,7 @@ def load_base(
     """The base model, frozen: fp32 on a CPU, where bf16 is slower and no smaller in the end, and bf16 on a GPU. Weights
     in a format of DEQUANTISED become plain ones. With `packed` the decoder's Linears are NF4. `places`: module -> device,
     or disk: then its weights are read from there, or from `scratch`, when it is run."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = computed_in(device)
     options: dict[str, Any] = {}
     again = packed and quantised(read_config(folder)) is not None
     if packed and not again:

@@ -117,6 +117,16 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     data = memory.statistics(lengths, summary.target_tokens)
     costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
     room = memory.worker_memory(spec) if memory.device_of(spec) == "cpu" else None
+    weights = memory.base_weights(spec, costs, room)
+    if costs and weights == "Sharded":
+        whole, costs = costs, costs.sharded
+        least = memory.Choice(1)
+        log.info(
+            "the base model is sharded over %d ranks: each needs about %.1f GiB, and would need %.1f with all of it",
+            costs.ranks,
+            costs.memory(least).resident / GIB,
+            whole.memory(least).resident / GIB,
+        )
     choice = costs.choose(room) if costs else memory.Choice(1)
     if costs and costs.shape.known and costs.shape.experts and method.target_modules is not None:
         share = costs.shape.share(costs.setup.targets)
@@ -131,6 +141,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         hyperparameters=numbers,
         packing=packing,
         bins_per_micro_batch=choice.bins,
+        base_weights=weights,
         estimate=memory.estimate(costs, choice, summary.tokens) if costs else None,
         model_type=facts.model_type,
     )
@@ -352,4 +363,5 @@ def sentence(prepared: Prepared) -> str:
         f"{data.samples} {noun}, {data.tokens} tokens ({data.target_tokens} learnt); {left}"
         f"{numbers.steps} steps of about {numbers.batch_tokens} tokens; "
         f"{adapter} trains {method.trainable_parameters} of {prepared.base.parameters} parameters"
+        + (", sharded over the ranks" if prepared.base_weights == "Sharded" else "")
     )

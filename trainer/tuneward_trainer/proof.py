@@ -29,11 +29,10 @@ POSITIONS: Final = 32
 KEPT: Final = frozenset({"adapter_config.json", "adapter_model.safetensors"})
 
 
-def export(model: PeftModel, folder: Path, samples: Sequence[Sample], *, proved: PeftModel | None = None) -> str:
-    """Writes the adapter, its proof and the manifest into `folder`. Returns the manifest's digest. `proved`: the same
-    adapter on the base that will be served, where `model` has another one."""
+def export(model: PeftModel, folder: Path, proved: Proof) -> str:
+    """Writes the adapter, its proof and the manifest into `folder`. Returns the manifest's digest."""
     save_adapter(model, folder / "adapter")
-    (folder / "proof.json").write_text(canonical_json(prove(proved or model, samples).to_json()) + "\n")
+    (folder / "proof.json").write_text(canonical_json(proved.to_json()) + "\n")
     return manifest.write_manifest(folder)
 
 
@@ -55,7 +54,8 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
 
 
 def prove(model: PeftModel, samples: Sequence[Sample]) -> Proof:
-    """Log-probabilities of a few training texts under the base and the tuned model, by the plain forward pass."""
+    """Log-probabilities of a few training texts under the base and the tuned model, by the plain forward pass. A collective,
+    where ranks share the base."""
     base = model.get_base_model()
     dtype = str(base.dtype).removeprefix("torch.")
     found = []

@@ -12,9 +12,9 @@ DEFAULT_SECONDS: Final = 300
 
 
 def checkpoint_due(session: Session) -> bool:
-    """The leader alone decides, and writes alone unless ranks hold one model together."""
+    """The leader alone decides, and writes alone unless each rank holds a part of the state."""
     due = _due(session)
-    return session.gang.broadcast(due) if session.gang.together else due
+    return session.gang.broadcast(due) if session.gang.optimizer_sharded else due
 
 
 def _due(session: Session) -> bool:

@@ -6,6 +6,7 @@ adapter with its proof and result.json. Between them lies `train.py`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -21,12 +22,12 @@ from transformers import PreTrainedModel
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
 from tuneward_api.estimate import GIB
-from tuneward_api.files import Metrics, Plan, ProofText, Result, SavedCheckpoint, Start
+from tuneward_api.files import Metrics, Plan, Proof, ProofText, Result, SavedCheckpoint, Start
 from tuneward_api.objective import ObjectiveType
 from tuneward_trainer import checkpoint, endings, evaluate, memory, mfu, parent, proof, rundir, served, whole
 from tuneward_trainer.best import Best
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
-from tuneward_trainer.distributed import Crew, Gang, be_deterministic
+from tuneward_trainer.distributed import Crew, Gang, be_deterministic, share
 from tuneward_trainer.divergence import LossWatch
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import Loss, cross_entropy
@@ -36,7 +37,7 @@ from tuneward_trainer.patches import PACKED_ATTENTION
 from tuneward_trainer.profile import Profile
 from tuneward_trainer.progress import Reporter
 from tuneward_trainer.schedule import Schedule, documents_a_unit
-from tuneward_trainer.sharded import ShardedEngine, shard
+from tuneward_trainer.sharded import ShardedEngine, adapted, shard
 
 DEFAULT_KEEP: Final = 2
 
@@ -75,7 +76,7 @@ class Session:
     found: checkpoint.Checkpoint | None
     """To go on from, once the model that the job starts from is measured."""
     saver: checkpoint.Saver | None
-    """The leader's alone, but where ranks hold one model together."""
+    """The leader's alone, but where each rank holds a part of the state."""
     log: MetricsLog | None
     """The leader's alone."""
     utilization: mfu.Utilization | None
@@ -125,17 +126,23 @@ class Session:
 
     @property
     def apart(self) -> bool:
-        """Whether a micro-batch is one document: a pass through a model that ranks hold together is one of all ranks, and
-        documents that do not share rows take a pass each."""
-        return self.gang.together and PACKED_ATTENTION not in self.plan.prepared.packing.patches
+        """Whether documents take a pass through the model each. Then a micro-batch is one document (of pairs, one pair), so
+        that all take as many passes: through a sharded model a pass is one of all ranks."""
+        return PACKED_ATTENTION not in self.plan.prepared.packing.patches
 
     def micro_batches(self, step: int) -> list[list[int]]:
-        """The documents of each micro-batch of step `step` (from 0); each rank has as many as the others where it must."""
-        groups = self.schedule.micro_batches(step)
-        if not self.gang.together:
+        """The documents of each micro-batch of step `step` (from 0)."""
+        groups, unit = self.schedule.micro_batches(step), self.schedule.unit
+        if not self.apart:
             return groups
-        groups = [[index] for group in groups for index in group] if self.apart else groups
-        return [*groups, *([] for _ in range(-len(groups) % self.gang.world))]
+        return [group[first : first + unit] for group in groups for first in range(0, len(group), unit)]
+
+    def idles(self, micro_batches: int) -> bool:
+        """Of a step with so many micro-batches: whether this rank has one less than others, and goes through a sharded model
+        once for their sake alone."""
+        gang = self.gang
+        most = -(-micro_batches // gang.world)
+        return gang.model_sharded and len(share(micro_batches, gang.rank, gang.world)) < most
 
 
 def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
@@ -148,9 +155,15 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     validation = Documents.open(data_dir / VALIDATION) if (data_dir / VALIDATION).is_dir() else None
     if (hyper := plan.request.spec.hyperparameters) is not None and hyper.deterministic:
         be_deterministic()
-    gang = replace(gang, together=prepared.method.type == "Full")
-    engine = whole_engine(plan, model_dir, gang, training) if gang.together else adapted_engine(plan, model_dir, run, gang)
-    choice = rows_of(plan, model_dir, gang)
+    room = gang.smallest(device_memory(gang.device))
+    whole_model = prepared.method.type == "Full"
+    shared = whole_model or memory.shares_base(prepared, model_dir, room, gang.world)
+    gang = replace(gang, model_sharded=shared, optimizer_sharded=whole_model)
+    if whole_model:
+        engine: Engine | ShardedEngine = whole_engine(plan, model_dir, gang, training)
+    else:
+        engine = adapted_engine(plan, model_dir, run, gang, training)
+    choice = rows_of(plan, model_dir, gang, room)
     wanted = checkpoint.identity(plan, engine.shapes)
     here = checkpoint.circumstances(gang, choice, packed=prepared.method.type == "QLoRA")
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
@@ -158,13 +171,13 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     asked, evaluation = plan.request.spec.checkpoint, plan.request.spec.evaluation
     notes = found.notes if found is not None else {}
     saver = None
-    if gang.leads or gang.together:
+    if gang.leads or gang.optimizer_sharded:
         saver = checkpoint.Saver(
             run,
             attempt=attempt,
             keep=(asked.keep if asked is not None else None) or DEFAULT_KEEP,
             facts={"identity": wanted, "circumstances": here, "notes": notes},
-            crew=Crew.of(gang) if gang.together else None,
+            crew=Crew.of(gang) if gang.optimizer_sharded else None,
         )
         saver.last = saved
         saver.pinned = int(notes["best_step"]) if "best_step" in notes else None
@@ -198,19 +211,24 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
         before=measured_before(notes),
         score_before=notes.get("task_score_before"),
-        base_answers=whole.answers(engine.model, samples(training)) if gang.together else [],
+        base_answers=whole.answers(engine.model, samples(training)) if whole_model else [],
     )
 
 
-def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang) -> Engine:
+def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang, training: Documents) -> Engine:
     """The base model, frozen, with adapters: those of the job's start."""
-    prepared = plan.prepared
-    base = load_base(model_dir, gang.device, packed=prepared.method.type == "QLoRA")
-    model = add_adapters(base, prepared.method, seed=prepared.hyperparameters.seed, base_uri=prepared.base.uri)
+    prepared, hyper, idle = plan.prepared, plan.prepared.hyperparameters, None
+    add = functools.partial(add_adapters, method=prepared.method, seed=hyper.seed, base_uri=prepared.base.uri)
+    if gang.model_sharded:
+        model = adapted(model_dir, add, gang, prepared.method.type)
+        idle = evaluate.filler(training, documents_a_unit(prepared.objective.type)).to(gang.device)
+        if gang.leads:
+            logger.info("the base model is sharded over %d ranks", gang.world)
+    else:
+        model = add(load_base(model_dir, gang.device, packed=prepared.method.type == "QLoRA"))
     if plan.request.parent is not None:
         parent.load(model, plan.request.parent, run)
-    hyper = prepared.hyperparameters
-    return Engine(model, weight_decay=hyper.weight_decay, max_grad_norm=hyper.max_grad_norm)
+    return Engine(model, weight_decay=hyper.weight_decay, max_grad_norm=hyper.max_grad_norm, idle=idle)
 
 
 def whole_engine(plan: Plan, model_dir: Path, gang: Gang, training: Documents) -> ShardedEngine:
@@ -225,9 +243,8 @@ def whole_engine(plan: Plan, model_dir: Path, gang: Gang, training: Documents) -
     )
 
 
-def rows_of(plan: Plan, model_dir: Path, gang: Gang) -> memory.Choice:
-    """What goes through the model at once, the same on every rank."""
-    room = gang.smallest(device_memory(gang.device))
+def rows_of(plan: Plan, model_dir: Path, gang: Gang, room: int | None) -> memory.Choice:
+    """What goes through the model at once, the same on every rank. `room`: bytes of the smallest GPU."""
     choice = memory.rows(plan.prepared, model_dir, room, gang.world)
     if gang.leads and room is not None:
         twice = ", each layer computed twice," if choice.recompute else ""
@@ -303,12 +320,10 @@ def enter(plan: Plan, run: Path, gang: Gang, found: checkpoint.Checkpoint | None
 
 def conclude(session: Session, *, seconds: float) -> Result | None:
     """The leader's result of a training that did not fail: Succeeded with what was made, or Stopped with a checkpoint."""
-    if session.saver is None:
-        return None
     session.reporter.update(phase="Saving")
     made = export(session) if not session.stopped else {}
-    error = session.saver.wait()
-    if not session.gang.leads:
+    error = session.saver.wait() if session.saver is not None else None
+    if session.saver is None or not session.gang.leads:
         return None
     if session.stopped and error is not None:
         raise endings.TryAgainError(f"stopped on request, but the checkpoint could not be saved: {error}")
@@ -346,11 +361,14 @@ def conclude(session: Session, *, seconds: float) -> Result | None:
 
 
 def export(session: Session) -> dict[str, Any]:
-    """Writes the adapter or the model; the result's words about it."""
+    """Writes the adapter or the model; the result's words about it, which the leader has. A collective."""
     engine = session.engine
     if isinstance(engine, Engine):
         folder = f"adapter/a{session.attempt}"
-        return {"adapter_directory": folder, "adapter_digest": _export_adapter(session, engine.model, session.run / folder)}
+        proved = _proof(session, engine.model)
+        if proved is None:
+            return {}
+        return {"adapter_directory": folder, "adapter_digest": proof.export(engine.model, session.run / folder, proved)}
     after = whole.answers(engine.model, samples(session.training))
     state = engine.whole(whole.dtype_of(engine.model))
     if not session.gang.leads:
@@ -361,13 +379,16 @@ def export(session: Session) -> dict[str, Any]:
     return {"adapter_directory": folder, "adapter_digest": digest}
 
 
-def _export_adapter(session: Session, model: PeftModel, folder: Path) -> str:
-    """With its proof. Returns the manifest's digest."""
-    method, texts = session.plan.prepared.method, samples(session.training)
+def _proof(session: Session, model: PeftModel) -> Proof | None:
+    """The adapter's, on the base that will be served. None on ranks but the leader."""
+    method, texts, gang = session.plan.prepared.method, samples(session.training), session.gang
     if method.type != "QLoRA":
-        return proof.export(model, folder, texts)
+        found = proof.prove(model, texts) if gang.leads or gang.model_sharded else None
+        return found if gang.leads else None
+    if not gang.leads:
+        return None
     with served.with_adapter(rundir.directory(names.ENV_MODEL_DIR), model, method, scratch=session.run) as plain:
-        return proof.export(model, folder, texts, proved=plain)
+        return proof.prove(plain, texts)
 
 
 def samples(training: Documents) -> list[Any]:

@@ -1,21 +1,26 @@
-"""Full fine-tuning: every weight of the text part is trained, and each rank holds its shard of weights, gradients and
-moments (FSDP2: torch.distributed.fsdp.fully_shard, a group for each decoder layer and one for what lies around them).
+"""Models that ranks hold together: FSDP2 (torch.distributed.fsdp.fully_shard), a group for each decoder layer and one
+for what lies around them. A forward pass is a collective of all ranks, so each makes as many as the others: who has
+nothing left to do passes a batch of weight 0 through (session.idles).
 
-On a GPU shards are float32 and layers are gathered in bf16; on a CPU all is float32. A forward pass is a collective of all
-ranks, so each makes as many as the others: who has nothing left to do passes a batch of weight 0 through.
+A frozen base model: each rank keeps its share, and has the adapters whole. FSDP only gathers frozen bytes, so
+`engine.Engine` trains these as it does with a whole base model, and gets the same bytes.
 
-A step's gradient is a sum over ranks by reduce-scatter, whose order depends on their number: the same number of ranks gives
-the same bytes, another one the same up to rounding.
+Full fine-tuning: every weight of the text part is trained, and each rank holds its shard of weights, gradients and
+moments. On a GPU shards are float32 and layers are gathered in bf16; on a CPU all is float32. A step's gradient is a
+sum over ranks by reduce-scatter, whose order depends on their number: the same number of ranks gives the same bytes,
+another one the same up to rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.state_dict_loader import load as load_shards
@@ -24,14 +29,65 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from tuneward_api.resolved import MethodType
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.distributed import Gang
-from tuneward_trainer.engine import BETAS, Output, State
+from tuneward_trainer.engine import BETAS, Output, State, pass_through
 from tuneward_trainer.losses import Loss
-from tuneward_trainer.model import decoder_layers, trainable
+from tuneward_trainer.model import computed_in, decoder_layers, load_base, load_to_share, trainable
 from tuneward_trainer.patches import Forward
 
+_M_MMAP_THRESHOLD: Final = -3
+"""Of malloc.h."""
 MOMENTS: Final = ("exp_avg", "exp_avg_sq")
+
+
+def adapted(folder: Path, add: Callable[[PreTrainedModel], PeftModel], gang: Gang, kind: MethodType) -> PeftModel:
+    """The model of `folder`, frozen and split over the gang, with the adapters of this kind that `add` puts on it."""
+    if kind == "LoRA":
+        # On a CPU a layer gets its dtype as it is split: fp32 of a whole model would be twice its bf16 file.
+        on_cpu = gang.device.type == "cpu"
+        base = load_to_share(folder, None if on_cpu else computed_in(gang.device))
+        return add(share(base, gang, dtype=torch.float32 if on_cpu else None))
+    # DoRA begins with the norms of whole weights, and what packs weights packs whole ones.
+    whole = (
+        load_base(folder, gang.device, packed=True) if kind == "QLoRA" else load_to_share(folder, computed_in(gang.device))
+    )
+    model = add(whole)
+    share(whole, gang)
+    return model
+
+
+def share(base: PreTrainedModel, gang: Gang, *, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Splits a frozen base model over the gang, layer by layer, each of which becomes `dtype` first; adapters stay whole on
+    each rank, and so do the scales of packed weights, which are bytes."""
+    mesh, adapters = init_device_mesh(gang.device.type, (gang.world,)), set(trainable(base).values())
+    if gang.device.type == "cpu":
+        _free_weights_at_once(base)
+    for module in (*decoder_layers(base), base):
+        if dtype is not None:
+            _convert(module, dtype)
+        fully_shard(module, mesh=mesh, ignored_params=adapters)
+    for parameter in adapters:
+        parameter.data = parameter.data.to(gang.device)
+    return base
+
+
+def _free_weights_at_once(base: PreTrainedModel) -> None:
+    """What is gathered of a layer shall go back to the system at once. glibc keeps freed blocks below a threshold that rises
+    to 32 MiB, and finds no use for them where the next request is 64 bytes larger, as an aligned one is: in three passes
+    that took as much again as the model itself. Larger matrices never had to be asked for."""
+    largest = max(4 * parameter.numel() for layer in decoder_layers(base) for parameter in layer.parameters())
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, min(max(largest // 16, 1 << 20), 32 << 20))
+
+
+def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Its weights, but for those that are split already."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(dtype)
 
 
 def shard(model: PreTrainedModel, gang: Gang) -> PreTrainedModel:
@@ -88,12 +144,16 @@ class ShardedEngine:
         if seed is not None:
             raise TypeError("there is no dropout without adapters")
         if not batch.documents:
-            torch.autograd.backward((forward(self._idle) * self._idle.weights).sum())
+            self.idle(forward)
             return Output(self.gradient.new_zeros(len(loss.figures)), self.gradient.new_zeros(0))
         logprobs = forward(batch)
         figures = loss(logprobs, batch)
         torch.autograd.backward(figures[0])
         return Output(figures.detach(), logprobs.detach())
+
+    def idle(self, forward: Forward) -> None:
+        """A pass for the others' sake, which teaches nothing."""
+        pass_through(forward, self._idle)
 
     def optim_step(self, learning_rate: float, gradient: Tensor) -> Tensor:
         """One AdamW step along the shards' gradients, clipped to `max_grad_norm`. Returns the norm before that."""

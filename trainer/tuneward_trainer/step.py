@@ -62,11 +62,13 @@ class Done:
 
 
 def begin_step(session: Session, forward: Forward, feed: Feed) -> Begun:
-    """Queues its first micro-batch."""
+    """Queues its first micro-batch. All ranks do, where a pass is one of all: an evaluation may come before the others."""
     outline = feed.outline()
     begun = Begun(outline, TreeSum(outline.leaves), [])
     if outline.places:
         _one_micro_batch(session, forward, feed, begun)
+    elif session.idles(outline.leaves):
+        session.engine.idle(forward)
     return begun
 
 
@@ -75,6 +77,8 @@ def finish_step(session: Session, forward: Forward, feed: Feed, begun: Begun) ->
     engine, gang, outline = session.engine, session.gang, begun.outline
     for _ in outline.places[1:]:
         _one_micro_batch(session, forward, feed, begun)
+    if outline.places and session.idles(outline.leaves):
+        engine.idle(forward)
     size = len(engine.gradient) + len(session.loss.figures)
     summed, flags = gang.sum_tree(begun.tree, outline.leaves, flags_of(session, begun.scored), size=size)
     learning_rate = session.schedule.learning_rate(outline.step)

@@ -73,7 +73,7 @@ def answers(
     """On every rank the answers of all. Raises StoppedError where `stopping()` became true on any rank."""
     asked, ask = chosen(documents, task, unit), _Asked(model, tokenizer, task, gang, stopping)
     found: list[Answer] = []
-    if gang.together:
+    if gang.model_sharded:
         # A token is a pass of all ranks, so all write the same answer.
         for index in asked:
             found.append(ask(documents[index]))
@@ -95,7 +95,7 @@ class _Asked:
         self._schema = json.loads(task.json_schema) if task.json_schema is not None else None
         self._ends = stop_tokens(model, tokenizer)
         # Ranks that write one answer together end it together, and learn of a stop between two.
-        self._criteria = StoppingCriteriaList([_Stop(stopping)] if not gang.together else [])
+        self._criteria = StoppingCriteriaList([_Stop(stopping)] if not gang.model_sharded else [])
 
     def __call__(self, document: Document) -> Answer:
         start = answer_start(document)

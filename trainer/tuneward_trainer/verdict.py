@@ -105,7 +105,9 @@ def give_up(session: Session, what: str, look: str = "", *, state: int, learnt: 
     if session.gang.leads:
         rundir.leave(session.run, session.attempt, "diverged.json", divergence.record(what, session.watch, samples))
     prepared = session.plan.prepared
-    remedy = divergence.damaged_weights(session.engine.model)
+    # All ranks are here, and say the same.
+    found = session.gang.gather([divergence.damaged_weights(session.engine.model)])
+    remedy = next(filter(None, found), None)
     if remedy is None and not state:
         remedy = f"{look}name another spec.model.uri: the base model itself gives it, nothing was learnt yet"
     if remedy is None:
