@@ -32,6 +32,13 @@ COPY --from=operator-build /opt/tuneward /opt/tuneward
 ENTRYPOINT ["python", "-m", "tuneward_operator"]
 CMD ["run"]
 
-FROM runtime AS trainer
+# torch.compile's kernels are started by small C programs, which Triton makes on the spot; without a compiler layers run as they
+# are.
+FROM runtime AS compiling
+USER 0
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 65532:65532
+
+FROM compiling AS trainer
 COPY --from=trainer-build /opt/tuneward /opt/tuneward
 CMD ["python", "-m", "tuneward_trainer", "--help"]

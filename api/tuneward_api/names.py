@@ -39,6 +39,7 @@ ENV_RUN_DIR: Final = "TUNEWARD_RUN_DIR"  # default /mnt/run
 ENV_ADAPTERS_DIR: Final = "TUNEWARD_ADAPTERS_DIR"  # default /mnt/adapters
 ENV_TERMINATION_LOG: Final = "TUNEWARD_TERMINATION_LOG"  # default /dev/termination-log
 ENV_PROFILE: Final = "TUNEWARD_PROFILE"  # FROM-TO: steps of which the leader keeps a trace
+ENV_COMPILE: Final = "TUNEWARD_COMPILE"  # 0: no layer is compiled; 1: on a CPU too. Unset: on GPUs
 ENV_POD_NAME: Final = "POD_NAME"
 ENV_POD_UID: Final = "POD_UID"
 ENV_POD_IP: Final = "POD_IP"

@@ -14,7 +14,11 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 
+_KERNEL: Final[Callable[..., Any]] = varlen_attn
+_KEYWORDS: Final = frozenset(inspect.signature(varlen_attn).parameters)
+"""They differ between torch 2.11 and 2.15."""
 _HARMLESS: Final = frozenset(
     {
         # Already in the rotated queries and keys.
@@ -60,8 +64,12 @@ def packed_attention(
             f"{unknown or 'other arguments'}"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if query.device.type == "cuda" and softcap is None and s_aux is None:
+    if on_gpu(query) and softcap is None and s_aux is None:
         return _varlen(query, key, value, cu_seq_lens_q, int(max_length_q or 0), scale, sliding_window), None
+    if torch.compiler.is_compiling():
+        if softcap is not None or s_aux is not None:
+            raise NotImplementedError("a graph can hold no kernel for a soft-cap or sinks")
+        return _as_one_graph(query, key, value, cu_seq_lens_q, scale, sliding_window), None
     attend = functools.partial(_document, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
     # split and cat, not slices: the backward pass of a slice fills a whole tensor with zeros, for each document.
     lengths = cu_seq_lens_q.diff().tolist()
@@ -69,6 +77,23 @@ def packed_attention(
     # torch's kernel writes [1, L, heads, dv] and shows it transposed: back again, the result of one document is no copy.
     found = [attend(q, k, v).transpose(1, 2) for q, k, v in parts]
     return found[0] if len(found) == 1 else torch.cat(found, 1), None
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+def _as_one_graph(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, scale: float, window: int | None) -> Tensor:
+    """In a compiled layer on a CPU, to check its graph: a mask keeps documents apart, and nobody asks for their lengths."""
+    places = torch.arange(q.shape[2], device=q.device)
+    document = torch.bucketize(places, cu[1:].long(), right=True)
+    gap = places[:, None] - places
+    seen = (document[:, None] == document) & (gap >= 0)
+    if window is not None:
+        seen = seen & (gap < window)
+    grouped = q.shape[1] != k.shape[1]
+    out = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def _document(
@@ -117,20 +142,11 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int, scale: fl
     if width < q.shape[-1]:
         v = nn.functional.pad(v, (0, q.shape[-1] - width))
     tokens = [tensor[0].transpose(0, 1).contiguous() for tensor in (q, k, v)]
-    attend, names = _varlen_kernel()
     options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
-    if "enable_gqa" in names:
+    if "enable_gqa" in _KEYWORDS:
         options["enable_gqa"] = q.shape[1] != k.shape[1]
     elif q.shape[1] != k.shape[1]:
         tokens[1:] = [tensor.repeat_interleave(q.shape[1] // k.shape[1], 1) for tensor in tokens[1:]]
     # The very same `cu` twice: one of the kernels only knows by identity that queries and keys have the same bounds.
-    out: Tensor = attend(*tokens, cu, cu, longest, longest, **options)
+    out: Tensor = _KERNEL(*tokens, cu, cu, longest, longest, **options)
     return out[None, ..., :width]
-
-
-@functools.cache
-def _varlen_kernel() -> tuple[Callable[..., Any], frozenset[str]]:
-    """The function and the names of its parameters, which differ between torch 2.11 and 2.15."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)

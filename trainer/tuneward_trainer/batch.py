@@ -84,6 +84,22 @@ class Batch:
         return self.sources[document]
 
 
+def padded(batch: Batch, tokens: int) -> Batch:
+    """The same with further documents up to `tokens` tokens, of which no row has a target and nobody speaks. Attention keeps
+    them apart, so they change nothing. Raises ValueError where there are more tokens already."""
+    spare = tokens - batch.tokens
+    if spare < 0 or not batch.longest:
+        raise ValueError(f"a row of {batch.tokens} tokens is to be {tokens} long")
+    pieces = [min(batch.longest, spare - start) for start in range(0, spare, batch.longest)]
+    ends = torch.tensor([batch.tokens, *pieces], dtype=torch.int32).cumsum(0, dtype=torch.int32)[1:]
+    return replace(
+        batch,
+        ids=torch.cat([batch.ids, batch.ids.new_zeros(spare)]),
+        positions=torch.cat([batch.positions, *(torch.arange(piece) for piece in pieces)]),
+        cu=torch.cat([batch.cu, ends]),
+    )
+
+
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """A host's tensor on `device`; from pinned memory, so that the host does not wait for what the GPU has to do before."""
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)

@@ -17,7 +17,7 @@ from typing import Any, Final, Self
 
 import torch
 
-from tuneward_trainer.batch import Batch, collate
+from tuneward_trainer.batch import Batch, collate, padded
 from tuneward_trainer.distributed import share
 from tuneward_trainer.session import Session
 
@@ -58,6 +58,8 @@ def outlined(session: Session, step: int) -> Iterator[Outline | MicroBatch]:
     yield Outline(step, len(groups), places, sum(int(training.lengths[index]) for index in documents))
     for place in places:
         batch = collate(((index, training[index]) for index in groups[place]), longest=session.row_limit)
+        if session.row_length and batch.documents:
+            batch = padded(batch, session.row_length)
         yield MicroBatch(place, batch.scaled(1 / total))
 
 

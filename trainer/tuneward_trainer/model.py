@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -222,6 +223,20 @@ def text_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers that the decoder is a stack of."""
     return [module for module in model.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def instance_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Shadows the class's forward, or what shadows it already, on this one module."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

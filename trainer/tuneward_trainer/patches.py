@@ -1,9 +1,10 @@
-"""Four replacements that make a Hugging Face model train fast, and never an own forward pass.
+"""Five replacements that make a Hugging Face model train fast, and never an own forward pass.
 
 packed-attention  several documents share a row and none sees another (transformers' public cu_seq_lens names)
 loss-head         the vocabulary is scored at rows that have a target only, in chunks, its gradient made on the way
 lora-linear       one autograd node for W x + s B A x, which keeps x and the rank-sized A x, nothing else
 gated-mlp         down(act(gate) up) keeps gate and up and computes their product again: half of what an MLP keeps
+compiled-layers   each decoder layer by torch.compile, on GPUs (compiled.py); needs packed-attention
 
 There is no code per model family. Instead `verify.py` compares each patch with the plain model on a shrunken twin, and
 a patch that disagrees is left out. `applied` is a context manager and restores everything: evaluation by `generate`,
@@ -26,16 +27,18 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuneward_trainer import nf4
+from tuneward_trainer import compiled, nf4
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
-from tuneward_trainer.model import plain
+from tuneward_trainer.model import instance_forward, plain
 
 PACKED_ATTENTION: Final = "packed-attention"
 LOSS_HEAD: Final = "loss-head"
 LORA_LINEAR: Final = "lora-linear"
 GATED_MLP: Final = "gated-mlp"
+COMPILED: Final = "compiled-layers"
 ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR, GATED_MLP)
+"""On every device."""
 OF_WHOLE_MODELS: Final = (PACKED_ATTENTION, LOSS_HEAD)
 """Those that do not need adapters."""
 
@@ -70,15 +73,22 @@ class Patched:
 
 @contextmanager
 def applied(
-    model: PreTrainedModel | PeftModel, names: Collection[str] = ALL, *, recompute: bool = False
+    model: PreTrainedModel | PeftModel,
+    names: Collection[str] = ALL,
+    *,
+    recompute: bool = False,
+    backend: str | Callable[..., Any] | None = None,
 ) -> Iterator[Patched]:
     """The model's forward pass with the patches in `names`; outside the block the model is plain again.
 
     Without packed-attention each document has a forward pass of its own. With `recompute` only the inputs of layers are
-    kept, and each is computed again in the backward pass: a third more work, where memory would not do otherwise.
+    kept, and each is computed again in the backward pass: a third more work, where memory would not do otherwise. `backend`:
+    of torch.compile, None for the usual one. Compiled layers take rows of one length (batch.padded).
     """
     base = plain(model)
     with ExitStack() as stack:
+        if COMPILED in names:
+            stack.enter_context(compiled.compiled_layers(base, backend or compiled.BACKEND))
         if recompute:
             stack.enter_context(_recomputed_layers(base))
         if LORA_LINEAR in names:
@@ -86,10 +96,18 @@ def applied(
         if GATED_MLP in names:
             stack.enter_context(_gated_mlps(base))
         head, judge = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else (_plain_head, _plain_judge)
-        packed = PACKED_ATTENTION in names
-        if packed:
+        forward = _forward_alone
+        if PACKED_ATTENTION in names:
             stack.enter_context(_attention(base))
-        yield Patched(functools.partial(_forward_packed if packed else _forward_alone, base), head, judge)
+            forward = _forward_compiled if COMPILED in names else _forward_packed
+        elif COMPILED in names:
+            raise ValueError(f"{COMPILED} needs {PACKED_ATTENTION}: documents by themselves are of any length")
+        yield Patched(functools.partial(forward, base), head, judge)
+
+
+def _forward_compiled(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
+    compiled.mark(batch.cu)
+    return _forward_packed(base, head, batch)
 
 
 def _forward_packed(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
@@ -161,7 +179,7 @@ def _loss_head(base: PreTrainedModel) -> Iterator[tuple[Head, Head]]:
     config = base.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
     with ExitStack() as stack:
-        stack.enter_context(_instance_forward(head, lambda hidden: hidden))
+        stack.enter_context(instance_forward(head, lambda hidden: hidden))
         if cap is not None:
             config.final_logit_softcapping = None
             stack.callback(setattr, config, "final_logit_softcapping", cap)
@@ -295,7 +313,7 @@ def _lora_linears(base: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in base.modules():
             if fits_lora_linear(module):
-                stack.enter_context(_instance_forward(module, functools.partial(_lora_forward, module)))
+                stack.enter_context(instance_forward(module, functools.partial(_lora_forward, module)))
         yield
 
 
@@ -374,7 +392,7 @@ def _gated_mlps(base: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in base.modules():
             if fits_gated_mlp(module):
-                stack.enter_context(_instance_forward(module, functools.partial(_gated_forward, module)))
+                stack.enter_context(instance_forward(module, functools.partial(_gated_forward, module)))
         yield
 
 
@@ -387,7 +405,8 @@ def fits_gated_mlp(module: nn.Module) -> bool:
 
 def _gated_forward(module: Any, x: Tensor) -> Tensor:
     down = module.down_proj
-    if down.disable_adapters or down.merged or len(down.active_adapters) != 1:
+    # A compiler finds out by itself what is cheaper made again than kept.
+    if torch.compiler.is_compiling() or down.disable_adapters or down.merged or len(down.active_adapters) != 1:
         plain: Tensor = type(module).forward(module, x)
         return plain
     name = down.active_adapters[0]
@@ -441,15 +460,5 @@ def _recomputed_layers(base: nn.Module) -> Iterator[None]:
         for module in base.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 again = functools.partial(checkpoint, module.forward, use_reentrant=False)
-                stack.enter_context(_instance_forward(module, again))
+                stack.enter_context(instance_forward(module, again))
         yield
-
-
-@contextmanager
-def _instance_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Shadows the class's forward on this one module."""
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward

@@ -101,6 +101,8 @@ class Session:
     """To which it was trained; the result may be of an earlier one."""
     train_loss: float | None = None
     stopped: bool = False
+    row_length: int = 0
+    """Tokens that each micro-batch is padded to; 0: none is."""
     ahead: bool = False
     """The host queues the next step's first micro-batch before it reads the numbers of the last one."""
     unproved: checkpoint.Snapshot | None = None

@@ -23,7 +23,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from tuneward_api import names
 from tuneward_api.files import Plan, canonical_json
-from tuneward_trainer import endings, memory, patches, rundir, trial
+from tuneward_trainer import endings, memory, patches, probe, rundir, trial
 from tuneward_trainer.compare import choose, compare, evaluation_due, start
 from tuneward_trainer.distributed import Gang, join, pick_device
 from tuneward_trainer.feed import Feed
@@ -46,7 +46,7 @@ logger = logging.getLogger("tuneward_trainer")
 
 def train(session: Session) -> None:
     """From the session's step to the last one, or to the step after which all agree to stop."""
-    chosen, recompute = session.plan.prepared.packing.patches, session.choice.recompute
+    chosen, recompute = probe.usable(session), session.choice.recompute
     with patches.applied(session.engine.model, chosen, recompute=recompute) as forward:
         start(session, forward)
         session.reporter.update(phase="Training", step=session.engine.step)
@@ -168,6 +168,8 @@ def main(plan_path: Path) -> int:
     # About calls between libraries, and bars for a person at a terminal: no news in a log.
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    # Dynamo asks each tensor for one.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     disable_progress_bar()
     stop = Stop()
     stop.listen()

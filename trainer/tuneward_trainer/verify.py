@@ -27,8 +27,8 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api.manifest import write_synced
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import attention, batch, nf4, patches
-from tuneward_trainer.batch import collate
+from tuneward_trainer import attention, batch, compiled, nf4, patches
+from tuneward_trainer.batch import collate, padded
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import (
     ModelUnsupportedError,
@@ -47,6 +47,8 @@ LIMIT: Final = 1e-4
 VOCABULARY: Final = 128
 _LENGTHS: Final = (37, 29, 41)
 """Tokens of the twin's documents: longer than its window, none a multiple of another."""
+_ROW: Final = 128
+"""Tokens of the row that holds them where all rows are of one length."""
 
 _SHRUNK: Final[dict[str, Any]] = {
     "vocab_size": VOCABULARY,
@@ -100,21 +102,29 @@ class _Sample:
     weights: NDArray[np.float16]
 
 
-def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = False, packed: bool = False) -> ResolvedPacking:
+def verify(
+    model_dir: Path,
+    cache_dir: Path | None = None,
+    *,
+    whole: bool = False,
+    packed: bool = False,
+    compiling: bool = False,
+) -> ResolvedPacking:
     """The patches that this model's class and config bear, and so whether documents may share a row. Takes seconds.
-    `whole`: all weights are trained, not adapters; `packed`: adapters on weights in NF4 (QLoRA).
+    `whole`: all weights are trained, not adapters; `packed`: adapters on weights in NF4 (QLoRA); `compiling`: layers are to
+    be compiled, of which this checks the graphs.
 
     The verdict is kept in `cache_dir` (default `<model_dir>/verify`, if that can be written), under a digest of all that
     it depends on. Raises ModelUnsupportedError for a model that cannot be trained at all.
     """
     config = read_config(model_dir)
     folder = cache_dir if cache_dir is not None else model_dir / "verify"
-    file = folder / f"{_digest(config, whole=whole, packed=packed)}.json"
+    file = folder / f"{_digest(config, whole=whole, packed=packed, compiling=compiling)}.json"
     try:
         return ResolvedPacking.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
         full = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        verdict = _examine(model_class(config), full, whole=whole, packed=packed)
+        verdict = _examine(model_class(config), full, whole=whole, packed=packed, compiling=compiling)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(file, json.dumps(verdict.to_json()).encode())
@@ -123,16 +133,22 @@ def verify(model_dir: Path, cache_dir: Path | None = None, *, whole: bool = Fals
     return verdict
 
 
-def _digest(config: dict[str, Any], *, whole: bool, packed: bool) -> str:
+def _digest(config: dict[str, Any], *, whole: bool, packed: bool, compiling: bool) -> str:
     """Of all that a verdict depends on."""
-    parts = [str(whole), json.dumps(config, sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
-    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches, nf4)]
+    parts = [str(whole), str(compiling), json.dumps(config, sort_keys=True)]
+    parts += [torch.__version__, transformers.__version__, peft.__version__]
+    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches, nf4, compiled)]
     parts += [Path(__file__).read_text(), nf4.release() if packed else ""]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
 def _examine(
-    kind: type[PreTrainedModel], config: PreTrainedConfig, *, whole: bool = False, packed: bool = False
+    kind: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    *,
+    whole: bool = False,
+    packed: bool = False,
+    compiling: bool = False,
 ) -> ResolvedPacking:
     """Patch by patch, each on top of those that agreed before."""
     try:
@@ -146,13 +162,16 @@ def _examine(
         return ResolvedPacking(mode="OneDocument", reason=f"no small twin of the model could be made: {_short(error)}")
     agreed: list[str] = []
     why: dict[str, str] = {}
-    for name in patches.OF_WHOLE_MODELS if whole else patches.ALL:
+    candidates = patches.OF_WHOLE_MODELS if whole else patches.ALL
+    for name in (*candidates, patches.COMPILED) if compiling else candidates:
         complaint = disagreement(model, (*agreed, name), reference)
         if complaint is None:
             agreed.append(name)
         else:
             why[name] = complaint
             logger.warning("the patch %s is not used: %s", name, complaint)
+    if compiling:
+        compiled.forget()
     packed = patches.PACKED_ATTENTION in agreed
     reason = "packed rows and single documents give the same gradients" if packed else why[patches.PACKED_ATTENTION]
     left_out = [f"; {name} left out: {text}" for name, text in why.items() if name != patches.PACKED_ATTENTION]
@@ -188,7 +207,9 @@ def gradients(model: PreTrainedModel | PeftModel, names: Collection[str]) -> dic
     samples = _documents()
     if names:
         shared = collate(enumerate(samples))
-        with patches.applied(model, names) as forward:
+        if patches.COMPILED in names:
+            shared = padded(shared, _ROW)
+        with patches.applied(model, names, backend=compiled.CHECKED_BACKEND) as forward:
             torch.autograd.backward(cross_entropy(forward(shared), shared))
     else:
         for sample in samples:
