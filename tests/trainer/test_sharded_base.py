@@ -16,15 +16,15 @@ from peft import PeftModel
 from tests.trainer import test_memory
 from tests.trainer.jobs import DEADLINE, TARGETS, context, free_port, tiny_config
 from tests.trainer.test_memory import batch_of, config_of, data_of, peak, setup_of
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tuneward_api.estimate import Shape, memory
 from tuneward_api.resolved import ResolvedMethod
-from tuneward_trainer import distributed, nf4, patches, verify
+from tuneward_trainer import distributed, nf4, patches, sharded, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
-from tuneward_trainer.model import add_adapters, packable, trainable
+from tuneward_trainer.model import add_adapters, load_base, load_to_share, packable, trainable
 from tuneward_trainer.sharded import share
 
 BASES = ("float32", "bfloat16", "nf4")
@@ -83,34 +83,48 @@ def _rank(rank: int, port: int, file: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found."""
     port, file = free_port(), tmp_path_factory.mktemp("sharded") / "found"
-    ranks = [context.Process(target=_rank, args=(rank, port, file), daemon=True) for rank in range(WORLD)]
-    for process in ranks:
+    gang = [context.Process(target=_rank, args=(rank, port, file), daemon=True) for rank in range(WORLD)]
+    for process in gang:
         process.start()
-    for process in ranks:
+    for process in gang:
         process.join(DEADLINE)
     return [json.loads(file.with_suffix(f".{rank}").read_text()) for rank in range(WORLD)]
 
 
 @pytest.mark.parametrize("kind", BASES)
-def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, sharded: list[dict[str, Any]]) -> None:
+def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, ranks: list[dict[str, Any]]) -> None:
     # As ranks do: the order of sums is that of one thread.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        assert {found[kind] for found in sharded} == {digest(adapted(kind))}
+        assert {found[kind] for found in ranks} == {digest(adapted(kind))}
     finally:
         torch.set_num_threads(threads)
 
 
-def test_what_is_gathered_is_known(sharded: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
+def test_weights_that_are_converted_later_are_those_that_are_read_so(tmp_path: Path, family: str) -> None:
+    """From a bf16 file; Gemma's buffers are another number in bf16."""
+    config = config_of(family)
+    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    read, later = load_base(tmp_path, torch.device("cpu")), load_to_share(tmp_path, torch.float32)
+    assert {parameter.dtype for parameter in later.parameters()} == {torch.bfloat16}
+    sharded._convert(later, torch.float32)
+    tensors = [dict([*model.named_parameters(), *model.named_buffers()]) for model in (read, later)]
+    assert tensors[0].keys() == tensors[1].keys()
+    for name, tensor in tensors[0].items():
+        torch.testing.assert_close(tensors[1][name], tensor, rtol=0, atol=0)
+
+
+def test_what_is_gathered_is_known(ranks: list[dict[str, Any]]) -> None:
     """The most that torch has at once, over a rank's share."""
     batch, shape = batch_of(200, 150), Shape.of(config_of("Llama", **WIDE).to_dict())
     setup = setup_of(wide(), batch, shards=WORLD)
     whole, shared = (memory(shape, data_of(batch), replace(setup, shards=shards)) for shards in (1, WORLD))
     assert shared.weights == whole.weights / WORLD
     gathered = shared.state - whole.state
-    for found in sharded:
+    for found in ranks:
         assert found["peak"] == pytest.approx(gathered + shared.activations + max(shared.work, shared.head), rel=0.1)

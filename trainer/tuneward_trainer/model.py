@@ -17,10 +17,12 @@ from typing import Any, Final
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import init_empty_weights
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import local_torch_dtype
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -89,10 +91,25 @@ def computed_in(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_to_share(folder: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The base model, frozen, for ranks that will keep a share of it each (sharded.share): in the host's memory. Weights
-    whose files have this dtype (None: as they are) are views of these files, and take no memory until they are used."""
-    return _load(folder, dtype or "auto")
+def load_to_share(folder: Path, dtype: torch.dtype, *, weights: torch.dtype | None = None) -> PreTrainedModel:
+    """The base model, frozen, in the host's memory, for ranks that will keep a share of it each (sharded.share). Its weights
+    have the dtype `weights`, or that of their files: then they are views of these, and take no memory before they are used.
+    What no file holds is made for `dtype`."""
+    model = _load(folder, weights or "auto")
+    if weights != dtype:
+        _renew_buffers(model, dtype)
+    return model
+
+
+def _renew_buffers(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """As the model's class makes them for `dtype`: in bf16, Gemma's factor of embeddings is another number."""
+    with local_torch_dtype(dtype), init_empty_weights():
+        fresh = type(model)(model.config)
+    kept = model.state_dict().keys()
+    for name, buffer in fresh.named_buffers():
+        if name not in kept:
+            owner, _, last = name.rpartition(".")
+            model.get_submodule(owner).register_buffer(last, buffer, persistent=False)
 
 
 def load_base(

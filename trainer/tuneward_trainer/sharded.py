@@ -44,15 +44,13 @@ MOMENTS: Final = ("exp_avg", "exp_avg_sq")
 
 def adapted(folder: Path, add: Callable[[PreTrainedModel], PeftModel], gang: Gang, kind: MethodType) -> PeftModel:
     """The model of `folder`, frozen and split over the gang, with the adapters of this kind that `add` puts on it."""
+    dtype = computed_in(gang.device)
     if kind == "LoRA":
         # On a CPU a layer gets its dtype as it is split: fp32 of a whole model would be twice its bf16 file.
-        on_cpu = gang.device.type == "cpu"
-        base = load_to_share(folder, None if on_cpu else computed_in(gang.device))
-        return add(share(base, gang, dtype=torch.float32 if on_cpu else None))
+        base = load_to_share(folder, dtype, weights=None if gang.device.type == "cpu" else dtype)
+        return add(share(base, gang, dtype=dtype if gang.device.type == "cpu" else None))
     # DoRA begins with the norms of whole weights, and what packs weights packs whole ones.
-    whole = (
-        load_base(folder, gang.device, packed=True) if kind == "QLoRA" else load_to_share(folder, computed_in(gang.device))
-    )
+    whole = load_base(folder, gang.device, packed=True) if kind == "QLoRA" else load_to_share(folder, dtype, weights=dtype)
     model = add(whole)
     share(whole, gang)
     return model
