@@ -134,9 +134,12 @@ def test_a_job_learns_and_says_its_memory(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two GPUs")
-def test_two_ranks_over_nccl_learn_what_one_learns(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["Replicated", "Sharded"])
+def test_two_ranks_over_nccl_learn_what_one_learns(tmp_path: Path, weights: str) -> None:
     one = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE))
-    two = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 2}}, config=tiny_config(**SHAPE)).again("two")
+    two = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 2}}, config=tiny_config(**SHAPE))
+    prepared = two.plan.prepared.model_copy(update={"base_weights": weights})
+    two = Job(two.store, two.plan.model_copy(update={"prepared": prepared})).again("two")
     worker(one)
     worker(two)
     losses = [job.results()[0].metrics.validation_loss_after for job in (one, two)]

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from tests.trainer import test_memory
 from tests.trainer.jobs import DEADLINE, TARGETS, context, free_port, tiny_config
+from tests.trainer.quantised import to_fp8
 from tests.trainer.test_memory import batch_of, config_of, data_of, peak, setup_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -105,13 +106,15 @@ def test_a_sharded_base_gives_the_gradients_of_a_whole_one(kind: str, ranks: lis
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])
-def test_weights_that_are_converted_later_are_those_that_are_read_so(tmp_path: Path, family: str) -> None:
-    """From a bf16 file; Gemma's buffers are another number in bf16."""
+@pytest.mark.parametrize(("family", "fp8"), [("Llama", False), ("Llama", True), ("Gemma2", False)])
+def test_weights_that_are_converted_later_are_those_that_are_read_so(tmp_path: Path, family: str, fp8: bool) -> None:
+    """From a bf16 file; Gemma's buffers are another number in bf16, and so is what fp8 is turned back into."""
     config = config_of(family)
     AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(tmp_path)
+    if fp8:
+        to_fp8(tmp_path, block=None)
     read, later = load_base(tmp_path, torch.device("cpu")), load_to_share(tmp_path, torch.float32)
-    assert {parameter.dtype for parameter in later.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in later.parameters()} == {torch.float32 if fp8 else torch.bfloat16}
     sharded._convert(later, torch.float32)
     tensors = [dict([*model.named_parameters(), *model.named_buffers()]) for model in (read, later)]
     assert tensors[0].keys() == tensors[1].keys()

@@ -95,6 +95,9 @@ def load_to_share(folder: Path, dtype: torch.dtype, *, weights: torch.dtype | No
     """The base model, frozen, in the host's memory, for ranks that will keep a share of it each (sharded.share). Its weights
     have the dtype `weights`, or that of their files: then they are views of these, and take no memory before they are used.
     What no file holds is made for `dtype`."""
+    if quantised(read_config(folder)) is not None:
+        # What they are turned back into depends on the dtype that is asked for.
+        weights = dtype
     model = _load(folder, weights or "auto")
     if weights != dtype:
         _renew_buffers(model, dtype)
