@@ -67,7 +67,7 @@ def test_what_is_broken_comes_behind_all_that_stands_before(encoder: Encoder) ->
     lengths = []
     with crew(Worker(encoder, Limits(50)), 2) as workers, pytest.raises(SampleError, match="is cut"):
         for _, done in workers.work(broken()):
-            lengths.append([len(document.ids) for _, documents, _ in done.good for document in documents])
+            lengths.append([len(document) for _, documents, _ in done.good for document in documents])
     assert lengths == [[4]] * 9
 
 

@@ -58,7 +58,7 @@ def test_the_quick_way_gives_what_the_long_way_gives(plain: Any, name: str, monk
         assert str(ours) == str(theirs) if isinstance(ours, SampleError) else ours == theirs
 
 
-def test_a_long_conversation_is_rendered_twice(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_of_roles_is_rendered_and_its_conversations_are_not(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[int] = []
     real = encode.quick_template
 
@@ -76,10 +76,13 @@ def test_a_long_conversation_is_rendered_twice(plain: Any, monkeypatch: pytest.M
     encoder = Encoder(templated(plain, "llama3"), "Assistant")
     turns = [{"role": role, "content": f"text {index}"} for index in range(40) for role in ("user", "assistant")]
     encoder.encode([formats.Chat(turns, [0, 1] * 40)])
-    assert rendered == [32, 80, 79], "the row that is proved, the conversation, its last prompt"
+    assert rendered == [32, 80, 79], "the row that is proved; that its texts are copied, also to the last prompt"
     del rendered[:]
     encoder.encode([formats.Chat(turns[: 2 * count], [0, 1] * count) for count in (1, 9, 16, 20)])
     assert rendered == [2, 18, 32, 40, 39]
+    del rendered[:]
+    encoder.encode([formats.Chat(turns[: 2 * count], [0, 1] * count) for count in (40, 1, 9, 16, 20)])
+    assert rendered == []
 
 
 def test_a_row_of_roles_that_never_comes_again_is_proved_a_few_times_only() -> None:

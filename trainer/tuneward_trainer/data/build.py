@@ -131,8 +131,7 @@ class _Reader:
             after = reached.line if reached is not None and index == reached.file else 0
             for line, done in self._work(uri, path, source, counts, after):
                 for sample, documents, digest in done.good:
-                    parts = [(document.ids, document.weights) for document in documents]
-                    writer.add_sample(parts, file=index, line=sample, copies=source.copies, digest=digest)
+                    writer.add_sample(documents, file=index, line=sample, copies=source.copies, digest=digest)
                 self._save(writer, replace(reached or place, file=index, line=line))
         if self._found.read == read and problems.broken == broken and reached is None:
             seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import json
 import os
-import struct
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,6 +51,37 @@ _COLUMNS: Final = {
 _TOKENS: Final = ("ids", "weights")
 _INDEX: Final = tuple(name for name in _COLUMNS if name not in _TOKENS)
 _SOURCES: Final = "files.json"
+_PENDING: Final = 8192
+"""Entries of the index that are written at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A document as the files hold it: bytes of its ids and of its weights, and its number of targets. Between processes
+    bytes take a fraction of what lists take."""
+
+    ids: bytes
+    weights: bytes
+    targets: int
+
+    @classmethod
+    def of(cls, ids: Sequence[int], weights: Sequence[float]) -> Self:
+        """Raises ValueError where `weights[i]` does not belong to `ids[i]`, or the first is not 0."""
+        if len(ids) != len(weights) or not ids or weights[0]:
+            raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
+        rounded = np.asarray(array("f", weights), "<f2")
+        return cls(np.asarray(array("i", ids), "<i4").tobytes(), rounded.tobytes(), len(weights) - weights.count(0))
+
+    def __len__(self) -> int:
+        return len(self.ids) // 4
+
+    def lists(self) -> tuple[list[int], list[float]]:
+        """Ids and weights."""
+        return np.frombuffer(self.ids, "<i4").tolist(), np.frombuffer(self.weights, "<f2").tolist()
+
+    def mask(self) -> bytes:
+        """For each id a byte, 1 where it has a loss weight."""
+        return bytes(np.frombuffer(self.weights, "<f2") != 0)
 
 
 @dataclass(frozen=True)
@@ -148,6 +178,7 @@ class DocumentWriter:
         mode = "wb" if sizes is None else "r+b"
         self._files = {name: (folder / file).open(mode) for name, (file, _) in _COLUMNS.items()}
         self._keep_tokens = keep_tokens
+        self._pending: dict[str, list[int]] = {name: [] for name in _INDEX}
         self._written = 0
         if sizes is not None:
             self._written = sizes["ids"] // np.dtype(_COLUMNS["ids"][1]).itemsize
@@ -157,28 +188,16 @@ class DocumentWriter:
 
     def add(self, ids: Sequence[int], weights: Sequence[float], *, file: int, line: int) -> None:
         """A sample of one document."""
-        self.add_sample([(ids, weights)], file=file, line=line)
+        self.add_sample([Packed.of(ids, weights)], file=file, line=line)
 
-    def add_sample(
-        self,
-        documents: Sequence[tuple[Sequence[int], Sequence[float]]],
-        *,
-        file: int,
-        line: int,
-        copies: int = 1,
-        digest: int = 0,
-    ) -> None:
-        """(ids, weights) of each document, one after the other, and all of that `copies` times. `weights[i]` belongs to
-        `ids[i]`; weights[0] must be 0, as nothing stands before the first token. `digest`: 64 bits of the sample."""
+    def add_sample(self, documents: Sequence[Packed], *, file: int, line: int, copies: int = 1, digest: int = 0) -> None:
+        """All of that `copies` times. `digest`: 64 bits of the sample."""
         entries = []
-        for ids, weights in documents:
-            if len(ids) != len(weights) or not ids or weights[0]:
-                raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
+        for document in documents:
             if self._keep_tokens:
-                self._files["ids"].write(_little(array("i", ids)))
-                self._files["weights"].write(struct.pack(f"<{len(weights)}e", *weights))
-            targets = len(weights) - weights.count(0)
-            entries.append({"lengths": len(ids), "targets": targets, "digests": digest, "files": file, "lines": line})
+                self._files["ids"].write(document.ids)
+                self._files["weights"].write(document.weights)
+            entries.append((len(document), document.targets, digest, file, line))
         self._enter(entries, copies)
 
     def copy(self, documents: Documents, index: int) -> None:
@@ -186,16 +205,25 @@ class DocumentWriter:
         if self._keep_tokens:
             for name in _TOKENS:
                 self._files[name].write(documents.column(name)[documents.span(index)].tobytes())
-        self._enter([{name: int(documents.column(name)[index]) for name in _INDEX if name != "starts"}], 1)
+        self._enter([tuple(int(documents.column(name)[index]) for name in _INDEX if name != "starts")], 1)
 
-    def _enter(self, entries: Sequence[dict[str, int]], copies: int) -> None:
-        *starts, self._written = accumulate((entry["lengths"] for entry in entries), initial=self._written)
-        columns = {"starts": starts} | {name: [entry[name] for entry in entries] for name in _INDEX if name != "starts"}
-        for name, values in columns.items():
-            self._files[name].write(np.asarray(values * copies, _COLUMNS[name][1]).tobytes())
+    def _enter(self, entries: Sequence[tuple[int, ...]], copies: int) -> None:
+        """Entries of all columns of the index but `starts`, in their order."""
+        *starts, self._written = accumulate((entry[0] for entry in entries), initial=self._written)
+        whole = [(start, *entry) for start, entry in zip(starts, entries, strict=True)] * copies
+        for name, values in zip(_INDEX, zip(*whole, strict=True), strict=True):
+            self._pending[name].extend(values)
+        if len(self._pending["starts"]) > _PENDING:
+            self._flush()
+
+    def _flush(self) -> None:
+        for name, values in self._pending.items():
+            self._files[name].write(np.asarray(values, _COLUMNS[name][1]).tobytes())
+            values.clear()
 
     def sync(self) -> dict[str, int]:
         """Bytes of each file, which are on the disk by then."""
+        self._flush()
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())
@@ -205,12 +233,11 @@ class DocumentWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-def _little(values: array[int]) -> bytes:
-    return np.asarray(values, dtype="<i4").tobytes()
+        try:
+            self._flush()
+        finally:
+            for file in self._files.values():
+                file.close()
 
 
 def holds(folder: Path, sizes: Mapping[str, int]) -> bool:

@@ -7,23 +7,21 @@ the prompt alone; then prompt and answer are encoded apart.
 
 from __future__ import annotations
 
-from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from jinja2 import TemplateError
 
 from tuneward_trainer.data.formats import Sample
+from tuneward_trainer.data.marks import Marks, Place, Tails
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, Rendered, Renderer, Template
-from tuneward_trainer.data.shapes import Messages, Quick
+from tuneward_trainer.data.shapes import Messages, Quick, Span
 
 Offsets: TypeAlias = list[tuple[int, int]]
-_TAILS: Final = 4096
-"""Ends of prompts whose tokens are remembered."""
 
 
 @dataclass(frozen=True)
@@ -32,17 +30,6 @@ class Encoded:
 
     ids: list[int]
     weights: list[float]
-
-    def __reduce__(self) -> tuple[Callable[[bytes, bytes], Encoded], tuple[bytes, bytes]]:
-        """Between processes as arrays: lists take several times as long."""
-        return _encoded, (array("i", self.ids).tobytes(), array("f", self.weights).tobytes())
-
-
-def _encoded(ids: bytes, weights: bytes) -> Encoded:
-    numbers, floats = array("i"), array("f")
-    numbers.frombytes(ids)
-    floats.frombytes(weights)
-    return Encoded(numbers.tolist(), floats.tolist())
 
 
 class SampleEncoder(Protocol):
@@ -54,13 +41,12 @@ class SampleEncoder(Protocol):
 
 def document(ids: Sequence[int], weights: Sequence[float]) -> Encoded:
     """Nothing predicts the first token, and nothing after the last learnt one is kept. Raises SampleError."""
-    learnt = [0.0, *weights[1:]]
-    kept = len(learnt)
-    while kept and not learnt[kept - 1]:
+    kept = len(weights)
+    while kept and not weights[kept - 1]:
         kept -= 1
-    if not kept:
+    if kept < 2:
         raise SampleError("", "has no token to learn", "samples with something to learn after their first token")
-    return Encoded(list(ids[:kept]), learnt[:kept])
+    return Encoded(list(ids[:kept]), [0.0, *weights[1:kept]])
 
 
 @dataclass
@@ -70,6 +56,17 @@ class _Tokens:
     ids: list[int]
     offsets: Offsets
     cuts: dict[int, int]
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """One text's tokens and where its spans stand among them, told without offsets."""
+
+    ids: list[int]
+    places: list[Place]
+
+
+_Found: TypeAlias = _Tokens | _Marked
 
 
 class _NeedsApartError(Exception):
@@ -135,11 +132,12 @@ class Encoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stops = set(stops) | ({self._eos} - {None})
-        self._tails: dict[str, list[int]] = {}
+        self._tails = Tails(lambda text: self._plain([text])[0].ids)
         first = tokenizer("").input_ids[:1]
         self._lead: list[int] = [first[0]] if first and first[0] == tokenizer.bos_token_id else []
         # Tokenizers of the SentencePiece kind put a space before whatever they encode: parts cannot be joined.
         self._joins = tokenizer.decode([*self._plain(["x"])[0].ids, *self._plain(["y"])[0].ids]) == "xy"
+        self._marks = Marks.of(tokenizer, self._stops, self._tails) if self._joins else None
 
     def __reduce__(self) -> tuple[type[Encoder], tuple[Any, LossOn, Sequence[int]]]:
         """Another process makes its own."""
@@ -149,9 +147,9 @@ class Encoder:
         """One entry for each sample: its documents, or what is wrong with it."""
         rendered = [self._render(sample) for sample in samples]
         flat = [text for texts in rendered if not isinstance(texts, SampleError) for text in texts]
-        tokens = iter(self._encode_all(flat))
+        found = iter(self._found(flat))
         return [
-            texts if isinstance(texts, SampleError) else self._finish(sample, texts, [next(tokens) for _ in texts])
+            texts if isinstance(texts, SampleError) else self._finish(sample, texts, [next(found) for _ in texts])
             for sample, texts in zip(samples, rendered, strict=True)
         ]
 
@@ -161,16 +159,36 @@ class Encoder:
         except SampleError as error:
             return error
 
-    def _finish(self, sample: Sample, texts: list[Rendered], tokens: list[_Tokens]) -> list[Encoded] | SampleError:
+    def _finish(self, sample: Sample, texts: list[Rendered], found: list[_Found]) -> list[Encoded] | SampleError:
         try:
             try:
-                return [self._weigh(text, found) for text, found in zip(texts, tokens, strict=True)]
+                return [self._weigh(text, one) for text, one in zip(texts, found, strict=True)]
             except _NeedsApartError:
                 apart = self._renderer.render_apart(sample)
-                found = self._encode_all(apart)
-                return [self._weigh(text, one) for text, one in zip(apart, found, strict=True)]
+                return [self._weigh(text, one) for text, one in zip(apart, self._encode_all(apart), strict=True)]
         except SampleError as error:
             return error
+
+    def _found(self, texts: list[Rendered]) -> list[_Found]:
+        """The tokens of each text, and with them its places where no offsets are needed for them."""
+        whole = [self._marks is not None and not text.parts for text in texts]
+        ids = iter(self._ids([text.text for text, is_whole in zip(texts, whole, strict=True) if is_whole]))
+        first = [self._marked(text, next(ids)) if is_whole else None for text, is_whole in zip(texts, whole, strict=True)]
+        rest = iter(self._encode_all([text for text, found in zip(texts, first, strict=True) if found is None]))
+        return [found or next(rest) for found in first]
+
+    def _marked(self, text: Rendered, ids: list[int]) -> _Marked | None:
+        places = self._marks.places(text, ids) if self._marks is not None else None
+        if places is None:
+            return None
+        if not text.raw or ids[: len(self._lead)] == self._lead:
+            return _Marked(ids, places)
+        return _Marked([*self._lead, *ids], [place.behind(len(self._lead)) for place in places])
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        """The same ids as `_plain` gives, without offsets."""
+        backend = self._tokenizer.backend_tokenizer
+        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def _encode_all(self, texts: list[Rendered]) -> list[_Tokens]:
         """All texts, part by part, in one call of the tokenizer, which spreads it over the cores."""
@@ -195,22 +213,25 @@ class Encoder:
         )
         return [_Tokens(ids, offsets, {}) for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)]
 
-    def _weigh(self, text: Rendered, tokens: _Tokens) -> Encoded:
+    def _weigh(self, text: Rendered, tokens: _Found) -> Encoded:
         """Weights from spans; a stop token at the end of each turn; nothing after the last learnt token."""
-        ids = list(tokens.ids)
-        weights = [0.0] * len(ids)
-        for start, end in text.spans:
-            first = self._boundary(text, tokens, start)
-            last = bisect_left(tokens.offsets, end, key=lambda span: span[0])
-            stop = self._after_stop(text, tokens, first, last)
-            learnt = stop if stop and text.turns else last
-            weights[first:learnt] = [1.0] * (learnt - first)
-            if not stop and end == len(text.text) and self._eos is not None:
-                ids.append(self._eos)
+        places = tokens.places if isinstance(tokens, _Marked) else [self._place(text, tokens, span) for span in text.spans]
+        ids, weights = tokens.ids, [0.0] * len(tokens.ids)
+        for (_, end), place in zip(text.spans, places, strict=True):
+            learnt = place.stop if place.stop and text.turns else place.last
+            weights[place.first : learnt] = [1.0] * (learnt - place.first)
+            if not place.stop and end == len(text.text) and self._eos is not None:
+                ids = [*ids, self._eos]
                 weights.append(1.0)
-            elif not stop and text.turns:
+            elif not place.stop and text.turns:
                 raise _NeedsApartError
         return document(ids, weights)
+
+    def _place(self, text: Rendered, tokens: _Tokens, span: Span) -> Place:
+        """Told by offsets."""
+        first = self._boundary(text, tokens, span[0])
+        last = bisect_left(tokens.offsets, span[1], key=lambda offset: offset[0])
+        return Place(first, last, self._after_stop(text, tokens, first, last))
 
     def _boundary(self, text: Rendered, tokens: _Tokens, start: int) -> int:
         """Index of the first token of the part of the text that begins at `start`, if one does begin there."""
@@ -237,10 +258,6 @@ class Encoder:
         if not first or not self._joins:
             return False
         tail = text.text[tokens.offsets[first - 1][1] : start]
-        if tail not in self._tails:
-            if len(self._tails) == _TAILS:
-                self._tails.clear()
-            self._tails[tail] = self._plain([tail])[0].ids
         return tokens.ids[first:index] == self._tails[tail]
 
     def _after_stop(self, text: Rendered, tokens: _Tokens, first: int, last: int) -> int | None:

@@ -46,6 +46,8 @@ def read_message(value: Any, path: str) -> Weighed:
     """A message without nulls (which tables write for absent fields) and its weight. Raises SampleError."""
     if not isinstance(value, dict):
         raise SampleError(path, f"is {show(value)}", "an object with role and content")
+    if _is_plain(value):
+        return dict(value), int(value["role"] == "assistant")
     for key in value:
         if key not in FIELDS and value[key] is not None:
             raise SampleError(f"{path}.{key}", "is a field that no template reads", ", ".join(FIELDS))
@@ -66,6 +68,18 @@ def read_message(value: Any, path: str) -> Weighed:
         if key in message:
             text_of(message[key], f"{path}.{key}", empty=True)
     return message, weight
+
+
+def _is_plain(value: dict[str, Any]) -> bool:
+    """Whether it is what most messages are, of which nothing below is to be said: a role and a text that is not blank."""
+    content = value.get("content")
+    if len(value) != 2 or type(content) is not str or value.get("role") not in ROLES or not content or content.isspace():
+        return False
+    try:
+        content.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _weight(value: dict[str, Any], path: str, role: str) -> int:

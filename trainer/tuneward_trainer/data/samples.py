@@ -7,7 +7,6 @@ workers as it likes and writes what they return in the order of the files.
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, Final, TypeAlias
 
 from tuneward_api.objective import PAIRS, ObjectiveType
 from tuneward_trainer.data import fit, formats, pairs
+from tuneward_trainer.data.documents import Packed
 from tuneward_trainer.data.encode import Encoded, SampleEncoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
@@ -84,7 +84,7 @@ class Done:
     """What became of a batch: `good` is (line, documents, digest of the whole sample), `bad` (line, what is wrong),
     `fates` (line, what was done with a sample that was too long)."""
 
-    good: list[tuple[int, list[Encoded], int]] = field(default_factory=list)
+    good: list[tuple[int, list[Packed], int]] = field(default_factory=list)
     bad: list[tuple[int, SampleError]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
@@ -128,7 +128,8 @@ class Worker:
             found = [next(encoded) for _ in pairs.sides(sample)]
             try:
                 if documents := self._fit(line, pairs.joined(sample, found), form, done):
-                    done.good.append((line, documents, _digest(documents)))
+                    packed = [Packed.of(document.ids, document.weights) for document in documents]
+                    done.good.append((line, packed, _digest(packed)))
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
         return done
@@ -159,9 +160,9 @@ def _inverse(fields: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in fields.items()}
 
 
-def _digest(documents: list[Encoded]) -> int:
+def _digest(documents: list[Packed]) -> int:
     """64 bits of ids and mask: two of a hundred million different samples share them with a chance of 3 in 10,000."""
     digest = hashlib.blake2b(digest_size=8)
     for document in documents:
-        digest.update(array("i", document.ids).tobytes() + bytes(map(bool, document.weights)) + b"|")
+        digest.update(document.ids + document.mask() + b"|")
     return int.from_bytes(digest.digest(), "little")

@@ -2,18 +2,21 @@
 
 Whether a template only ever appends is seen by rendering every beginning of a conversation, which takes as many renderings
 as it has turns. But for turns of nothing but a role and a text it is a property of the roles, as long as the template only
-copies the texts. So it is seen once for a row of roles and all its beginnings, on texts that stand for any; and that the
-template copied a conversation's texts is seen from its one rendering, which must be the one foretold. A conversation that
-is longer than any proved row goes on as the row's last turns did, and its last prompt is rendered too. All else goes the
-long way.
+copies the texts. So it is seen once for a row of roles and all its beginnings, on texts that stand for any. That texts are
+copied is proved for a row too, of templates whose code is plain enough (copies.py): its conversations are not rendered any
+more. With others it is seen from a conversation's one rendering, which must be the one foretold. A conversation that is
+longer than any proved row goes on as the row's last turns did, and its last prompt is rendered too. All else goes the long
+way.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
+
+from tuneward_trainer.data.copies import copies_only, unasked
 
 Messages: TypeAlias = Sequence[dict[str, Any]]
 Span: TypeAlias = tuple[int, int]
@@ -35,11 +38,13 @@ _MARK: Final = re.compile(r"[<>\[\]{}|]")
 @dataclass(frozen=True)
 class Shape:
     """What a template puts around the texts of a row of roles: `around` has one more than there are texts. `learnt`: by
-    assistant turn, where it begins before its text and ends behind it. `foretold`: not all of it was proved."""
+    assistant turn, where it begins before its text and ends behind it. `foretold`: not all of it was proved. `copied`: it is
+    proved that any texts of these roles are copied."""
 
     around: list[str]
     learnt: dict[int, tuple[int, int]]
     foretold: bool = False
+    copied: bool = False
 
     @classmethod
     def of(cls, texts: Sequence[str], whole: str, spans: dict[int, Span]) -> Shape | None:
@@ -111,6 +116,7 @@ class Shapes:
         self._render = render
         self._prove = prove
         self._minded = minded(source)
+        self._copies_only = copies_only(source)
         self._known: dict[Roles, Shape | None] = {}
         self._proved: dict[Roles, Shape] = {}
         self._proofs = self._uses = 0
@@ -125,10 +131,11 @@ class Shapes:
             return None
         whole = shape.rendered(texts)
         spans = shape.spans(texts, turns)
-        if self._render(messages, False) != whole:
-            return None
-        if shape.foretold and self._render(messages[:-1], True) != whole[: spans[-1][0]]:
-            return None
+        if not shape.copied:
+            if self._render(messages, False) != whole:
+                return None
+            if shape.foretold and self._render(messages[:-1], True) != whole[: spans[-1][0]]:
+                return None
         self._uses += 1
         return whole, spans
 
@@ -145,8 +152,22 @@ class Shapes:
             if len(self._known) == _KNOWN:
                 self._known.clear()
                 self._proved.clear()
-            self._known[roles] = self._beginning(roles) or self._prove_more(roles)
+            found = self._beginning(roles) or self._prove_more(roles)
+            self._known[roles] = replace(found, copied=self._copies(found, roles)) if found else None
         return self._known[roles]
+
+    def _copies(self, shape: Shape, roles: Roles) -> bool:
+        """Whether it is proved that texts of these roles are copied, whatever they are: on some that JSON would not leave as
+        they are."""
+        if not self._copies_only:
+            return False
+        texts = [f'Qx{index}"zJ\né' for index in range(len(roles))]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=True)]
+        whole = shape.rendered(texts)
+        if unasked(lambda given: self._render(given, False), messages) != whole:
+            return False
+        ((start, _),) = shape.spans(texts, [len(roles) - 1])
+        return not shape.foretold or unasked(lambda given: self._render(given, True), messages[:-1]) == whole[:start]
 
     def _beginning(self, roles: Roles) -> Shape | None:
         """Of a proved row, or of one that goes on."""

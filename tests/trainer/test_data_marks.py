@@ -1,0 +1,97 @@
+"""Places told by added tokens: the same tokens and masks as by offsets, or none at all."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import pytest
+from tests.trainer.templates import templated
+from tests.trainer.test_data_shapes import conversation
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from tuneward_trainer.data import formats
+from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.marks import Marks, Place, Tails
+from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.render import Rendered
+
+END = "<|im_end|>"
+WORDS = ["Hi", " there", "\n", END, "<|im_", "|>", "日本", " ", "<|endoftext|>", "e\u0301", "don't", "   ", "<|im_start|>"]
+
+
+def said(dice: random.Random, count: int = 4) -> str:
+    return "".join(dice.choices(WORDS, k=count))
+
+
+@pytest.mark.parametrize("name", ["llama3_1", "phi3", "qwen3", "qwen2_5", "qwen3_5_think"])
+def test_places_by_marks_are_those_by_offsets(plain: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = templated(plain, name)
+    quick = Encoder(tokenizer, "Assistant")
+    monkeypatch.setattr(Marks, "of", lambda *_: None)
+    by_offsets = Encoder(tokenizer, "Assistant")
+    assert quick._marks is not None and by_offsets._marks is None
+    dice = random.Random(name)
+    chats = [conversation(dice) for _ in range(12)]
+    chats += [formats.Chat([{"role": r, "content": said(dice)} for r in ("user", "assistant")], [0, 1]) for _ in range(30)]
+    texts: list[Any] = [*chats, *(formats.Text(said(dice, 9)) for _ in range(30)), formats.PromptCompletion("a ", "b")]
+    for ours, theirs in zip(quick.encode(texts), by_offsets.encode(texts), strict=True):
+        assert str(ours) == str(theirs) if isinstance(ours, SampleError) else ours == theirs
+
+
+ADDED = {1: "<|s|>", 2: "<|e|>", 3: "<|x|>"}
+LETTERS = {"a": 10, "b": 11, "c": 12, "d": 13, "ab": 20}
+
+
+def letters(text: str) -> list[int]:
+    """A letter is a token, but "ab" is one together."""
+    return [LETTERS[part] for part in re.findall("ab|.", text)]
+
+
+@pytest.mark.parametrize(
+    ("text", "span", "ids", "expected"),
+    [
+        ("<|s|>a<|e|>", (5, 11), [1, 10, 2], [Place(1, 3, 3)]),
+        ("<|s|>ca<|e|>d", (6, 12), [1, 12, 10, 2, 13], [Place(2, 4, 4)]),
+        ("<|s|>a<|e|><|x|>", (5, 16), [1, 10, 2, 3], [Place(1, 4, 3)]),
+        ("<|s|>a<|x|><|x|>", (5, 16), [1, 10, 3, 3], [Place(1, 4, 4)]),
+        ("<|s|>a<|e|>b", (5, 12), [1, 10, 2, 11], [Place(1, 4, None)]),
+        ("<|s|>ab<|e|>", (6, 12), [1, 20, 2], None),
+        ("ca<|e|>", (1, 7), [12, 10, 2], None),
+        ("<|s|>a<|e|>", (7, 11), [1, 10, 2], None),
+        ("<|s|>a<|e|>", (5, 11), [1, 10], None),
+    ],
+    ids=["whole", "behind a role", "first stop", "last special", "no end", "token across", "no mark", "in a mark", "lost"],
+)
+def test_places(text: str, span: tuple[int, int], ids: list[int], expected: list[Place] | None) -> None:
+    marks = Marks(ADDED, {2}, {1, 2, 3}, Tails(letters))
+    assert marks.places(Rendered(text, (span,)), ids) == expected
+
+
+class _Wrapped:
+    """What is asked of transformers' tokenizers."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend_tokenizer = backend
+        self.added_tokens_decoder = backend.get_added_tokens_decoder()
+
+
+@pytest.mark.parametrize("change", ["nothing", "prefix", "normalizer", "no bytes", "strips", "composes"])
+def test_which_tokenizers_are_read_so(change: str) -> None:
+    backend = Tokenizer(models.BPE())
+    backend.decoder = decoders.ByteLevel()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=change == "prefix")
+    if change == "no bytes":
+        backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    if change == "normalizer":
+        backend.normalizer = normalizers.Lowercase()
+    if change == "composes":
+        backend.normalizer = normalizers.NFC()
+    backend.add_special_tokens([AddedToken(END, rstrip=change == "strips")])
+    found = Marks.of(_Wrapped(backend), {0}, Tails(lambda text: []))
+    assert (found is not None) == (change in ("nothing", "composes"))
+    if found is not None:
+        assert found.places(Rendered(f"e\u0301{END}", ((0, 12),)), [1, 0]) == (
+            [Place(0, 2, 2)] if change == "nothing" else None
+        )

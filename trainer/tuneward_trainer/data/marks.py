@@ -1,0 +1,165 @@
+"""Where the turns of a text stand among its tokens, told by the tokens that part it instead of by offsets.
+
+A tokenizer cuts a text at its added tokens (<|im_end|> and the like) before anything else, so what stands between two of
+them has the tokens that it has alone. The added tokens are found in the text and among the ids; both rows must be the same,
+and what stands between one of them and the place that is looked for must begin with the tokens that it has alone. That costs
+a fraction of what offsets do, which are an object for each token. Only tokenizers of which all of this holds are read so:
+BPE on bytes that changes nothing of a text (but to compose it, which most texts are) and puts no space before it. Wherever
+a place is not found so, offsets tell.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self
+
+import numpy as np
+
+from tuneward_trainer.data.render import Rendered
+
+_TAILS: Final = 4096
+"""Texts behind an added token whose tokens are remembered."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Indices among the tokens of a span that is learnt: of its first token, of the first one behind it, and of the one
+    behind what ends the turn, None if nothing does."""
+
+    first: int
+    last: int
+    stop: int | None
+
+    def behind(self, count: int) -> Place:
+        """With as many tokens before the text; a span from the first token on has them too."""
+        stop = self.stop + count if self.stop is not None else None
+        return Place(self.first + count if self.first else 0, self.last + count, stop)
+
+
+class Tails:
+    """The ids of short texts by themselves. `encode` gives those of one."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        self._encode = encode
+        self._known: dict[str, list[int]] = {}
+
+    def __getitem__(self, text: str) -> list[int]:
+        found = self._known.get(text)
+        if found is None:
+            if len(self._known) == _TAILS:
+                self._known.clear()
+            found = self._known[text] = self._encode(text)
+        return found
+
+
+class Marks:
+    """`added`: id -> text of the tokenizer's added tokens; `stops`: those at which generation ends; `special`: those that
+    may end a turn; `composes`: texts are brought into NFC, so that only those that are can be told."""
+
+    def __init__(
+        self, added: dict[int, str], stops: set[int], special: set[int], tails: Tails, *, composes: bool = False
+    ) -> None:
+        self._stops, self._special, self._tails, self._composes = stops, special, tails, composes
+        self._ids = {text: number for number, text in added.items()}
+        # The first alternative that fits is taken, so the longest stands first: as tokenizers chooses.
+        self._pattern = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))))
+        self._is_added = np.zeros(max(added) + 2, np.bool_)  # the last entry stands for all ids behind it
+        self._is_added[list(added)] = True
+
+    @classmethod
+    def of(cls, tokenizer: Any, stops: set[int], tails: Tails) -> Self | None:
+        """None where the tokenizer is not of the kind that this holds for."""
+        added = {int(number): token for number, token in tokenizer.added_tokens_decoder.items()}
+        plain = not any(token.lstrip or token.rstrip or token.single_word for token in added.values())
+        made = json.loads(tokenizer.backend_tokenizer.to_str())
+        if not added or not plain or not stops <= added.keys() or not _is_plain(made):
+            return None
+        special = {number for number, token in added.items() if token.special}
+        texts = {number: token.content for number, token in added.items()}
+        return cls(texts, stops, special, tails, composes=bool(made["normalizer"]))
+
+    def places(self, text: Rendered, ids: Sequence[int]) -> list[Place] | None:
+        """Of each span of the text; None where one cannot be told so."""
+        if self._composes and not unicodedata.is_normalized("NFC", text.text):
+            return None
+        numbers = np.frombuffer(array("i", ids), np.int32)
+        indices = np.flatnonzero(self._is_added.take(numbers, mode="clip"))
+        matches = list(self._pattern.finditer(text.text))
+        if numbers[indices].tolist() != [self._ids[match[0]] for match in matches]:
+            return None
+        found = [match.span() for match in matches]
+        marked = _Marked(text.text, ids, found, indices.tolist(), self._tails)
+        places = []
+        for start, end in text.spans:
+            first, last = marked.index(start), marked.index(end)
+            if first is None or last is None:
+                return None
+            places.append(Place(first, last, self._stop(marked, first, end)))
+        return places
+
+    def _stop(self, marked: _Marked, first: int, end: int) -> int | None:
+        """Index behind the token that ends the turn: among the special tokens at the end, with what space the template puts
+        between them, the first at which generation ends, else the last."""
+        ends, stop = None, None
+        place = bisect_right(marked.found, end, key=lambda span: span[1]) - 1
+        while (
+            place >= 0
+            and (index := marked.indices[place]) >= first
+            and not marked.text[marked.found[place][1] : end].strip()
+        ):
+            number = marked.ids[index]
+            if number in self._stops:
+                stop = index + 1
+            elif number in self._special:
+                ends = ends or index + 1
+            else:
+                break
+            end = marked.found[place][0]
+            place -= 1
+        return stop or ends
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A text and its ids. `found`: where in the text its added tokens stand, in order; `indices`: where among the ids."""
+
+    text: str
+    ids: Sequence[int]
+    found: list[tuple[int, int]]
+    indices: list[int]
+    tails: Tails
+
+    def index(self, place: int) -> int | None:
+        """Of the first token at or behind a place in the text; None where a token may reach across it."""
+        if place == len(self.text):
+            return len(self.ids)
+        count = bisect_right(self.found, place, key=lambda span: span[1])
+        if count < len(self.found) and self.found[count][0] <= place:
+            return self.indices[count] if self.found[count][0] == place else None
+        start, first = (self.found[count - 1][1], self.indices[count - 1] + 1) if count else (0, 0)
+        if start == place:
+            return first
+        tail = self.tails[self.text[start:place]] if count else None
+        if tail is None or self.ids[first : first + len(tail)] != tail:
+            return None
+        return first + len(tail)
+
+
+def _is_plain(made: dict[str, Any]) -> bool:
+    """Whether it is BPE on bytes that puts nothing before a text and at most composes it. `made`: tokenizer.json."""
+    before = made["pre_tokenizer"] or {}
+    steps = before.get("pretokenizers", [before])
+    on_bytes = [step for step in steps if step.get("type") == "ByteLevel"]
+    return (
+        made["model"]["type"] == "BPE"
+        and made["normalizer"] in (None, {"type": "NFC"})
+        and len(on_bytes) == 1
+        and on_bytes[0] is steps[-1]
+        and not on_bytes[0]["add_prefix_space"]
+    )
