@@ -8,9 +8,10 @@ from pydantic import Field
 
 from tuneward_api.base import Int, Model, Rule, Transition
 from tuneward_api.conditions import Condition
-from tuneward_api.finetunejob import NodeSelector, Resources, SecretRef, Store, Toleration
+from tuneward_api.finetunejob import SecretRef, Store
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.uris import BaseUri
+from tuneward_api.workers import NodeSelector, Resources, Toleration
 
 
 class BaseSource(Model):

@@ -32,10 +32,11 @@ from tuneward_api.files import (
     Result,
     canonical_json,
 )
-from tuneward_api.finetunejob import FineTuneJob, RunPolicy, Workers
+from tuneward_api.finetunejob import FineTuneJob, RunPolicy
 from tuneward_api.manifest import write_synced
 from tuneward_api.names import ExitCode
 from tuneward_api.uris import Uri, parse_uri
+from tuneward_api.workers import Workers
 from tuneward_cli.documents import Loaded
 from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import finished

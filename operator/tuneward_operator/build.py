@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tuneward_api.files import FinishedAdapter, Images, JobRef, Parent, Plan, Request, canonical_json
-from tuneward_api.finetunejob import FineTuneJobSpec, Resources
+from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import (
     API_VERSION,
     DEFAULT_DIRS,
@@ -42,6 +42,7 @@ from tuneward_api.names import (
 from tuneward_api.names import model_name as name_of_model
 from tuneward_api.trackers import SECRET_KEYS
 from tuneward_api.uris import parse_uri
+from tuneward_api.workers import Resources
 from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings

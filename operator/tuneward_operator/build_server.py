@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from tuneward_api.files import FetchRequest, WantedAdapters, canonical_json
-from tuneward_api.finetunejob import Resources
 from tuneward_api.modelserver import ModelServerSpec
 from tuneward_api.names import (
     AGENT_PORT,
@@ -33,6 +32,7 @@ from tuneward_api.names import (
     hashed,
 )
 from tuneward_api.uris import parse_uri
+from tuneward_api.workers import Resources
 from tuneward_operator.build_pod import DOCUMENTS, POD_ANNOTATIONS, Mounts, beside, container, field_env, pod_spec
 from tuneward_operator.kube import Object
 from tuneward_operator.settings import Settings

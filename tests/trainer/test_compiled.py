@@ -202,6 +202,10 @@ def test_layers_that_are_wrong_on_the_device_are_not_used(
         assert f"the patch compiled-layers is not used: {said}" in caplog.text
         assert session.row_length == 0
         assert not session.engine.gradient.any()
+    caplog.clear()
+    session.gang = replace(session.gang, model_sharded=True)
+    assert probe.usable(session) == list(patches.ALL)
+    assert not caplog.text, "a layer of a sharded base is not tried: breaking off there would hang the other ranks"
 
 
 def half(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
