@@ -261,7 +261,10 @@ class RunPolicy(Model):
         "newest checkpoint. Default: 1800.",
     )
     active_deadline_seconds: Int | None = Field(
-        None, ge=1, le=31_536_000, description="Longest time from acceptance to the end. Default: none."
+        None,
+        ge=1,
+        le=31_536_000,
+        description="Longest time from acceptance to the end of training; what is trained by then is filed. Default: none.",
     )
     ttl_seconds_after_finished: Int | None = Field(
         None,

@@ -105,7 +105,8 @@ def decide(seen: Seen, now: datetime, settings: Settings) -> Decision:
         return _end(context, Phase.FAILED, Reason.CONFIG_INVALID, seen.refusal)
     if seen.owner.spec.cancel:
         return _cancel(context)
-    deadline = _deadline(context)
+    # What is trained is filed, however late: nothing is saved by losing it.
+    deadline = None if gangs.trained(seen) else _deadline(context)
     if deadline is not None and now >= deadline:
         seconds = context.policy.active_deadline_seconds
         message = f"not finished {seconds} s after it was accepted; raise spec.runPolicy.activeDeadlineSeconds in a new job"

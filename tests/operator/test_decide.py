@@ -394,6 +394,15 @@ def test_a_deadline_wakes_and_strikes() -> None:
     assert str(decision.status.message).endswith("raise spec.runPolicy.activeDeadlineSeconds in a new job")
 
 
+def test_a_deadline_loses_nothing_that_is_trained() -> None:
+    of = owner(runPolicy={"activeDeadlineSeconds": 60})
+    done = gang(worker(phase="Succeeded", exit_code=0), outcome="Succeeded")
+    assert decided(accepted(of, status={"phase": "Running"}, gang=done)).step == Step.FINISH
+    filing = decided(accepted(of, status={"phase": "Registering", "launches": 1}, finish=helper("finish", ended=False)))
+    assert (filing.status.phase, filing.wake) == (Phase.REGISTERING, 10)
+    assert decided(accepted(of, status={"phase": "Registering", "launches": 1}, finish=finished())).step == Step.REGISTER
+
+
 def test_after_the_end_nothing_is_made_and_what_runs_goes() -> None:
     ended = {"phase": "Succeeded", "finishedAt": "2026-11-25T11:59:00Z", "launches": 1}
     over = job("attempt", 1, conditions={"Complete": ""})
