@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM
 
 from tuneward_api import manifest
 from tuneward_api.resolved import ResolvedPacking
+from tuneward_trainer import patches
 
 APART = ResolvedPacking(mode="OneDocument", reason="", patches=["lora-linear"])
 CASES: dict[str, dict[str, Any]] = {
@@ -81,10 +82,14 @@ def attempts(gang: Gang) -> int:
 
 
 def test_answers_are_written_by_all_ranks(tmp_path: Path) -> None:
-    """Each token is a pass of all. Also where the gang is stopped and goes on."""
+    """Each token is a pass of all. And what all hold is not compiled, since one could fail to, for whom the others would wait."""
     talks(tmp_path)
     hyper = {"steps": 20, "learning_rate": 2e-2, "batch_tokens": 64, "scheduler": "Constant", "warmup_fraction": 0.0}
-    job = train(sharded(make_job(tmp_path, spec=TALK, hyper=hyper), "talks"), 2)
+    packing = ResolvedPacking(mode="Packed", reason="", patches=[*patches.ALL, patches.COMPILED])
+    job = sharded(make_job(tmp_path, spec=TALK, hyper=hyper, packing=packing), "talks")
+    job.environment["TUNEWARD_COMPILE"] = "1"
+    train(job, 2)
+    assert "weights that ranks hold together are not compiled" in said(job)
     metrics = job.results()[0].metrics
     assert (metrics.task_score_before, metrics.task_score_after) == (0.0, 1.0)
     assert [one["model"] for one in generations(job)] == ["base", "base", "tuned", "tuned"]

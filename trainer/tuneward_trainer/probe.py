@@ -52,7 +52,8 @@ def usable(session: Session) -> list[str]:
 
 def _complaint(session: Session, length: int, without: list[str]) -> str | None:
     engine = session.engine
-    if not isinstance(engine, Engine):
+    # Ranks would compile, or fail to, while others wait for their shards.
+    if session.gang.model_sharded or not isinstance(engine, Engine):
         return "weights that ranks hold together are not compiled"
     groups = session.micro_batches(engine.step)
     documents = groups[session.gang.rank % len(groups)]
