@@ -129,6 +129,10 @@ def test_the_receiver_runs_as_the_operators_pods_do() -> None:
     assert security["runAsUser"] == 1234
     assert "fsGroup" not in security
     assert spec["spec"]["containers"][0]["image"] == "t:1"
+    # A store that is on one node at a time has all its pods there.
+    (term,) = spec["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["labelSelector"]["matchLabels"] == {"claim.tuneward.dev/tuneward-store": ""}
+    assert spec["metadata"]["labels"].items() >= term["labelSelector"]["matchLabels"].items()
 
 
 def test_the_store_is_made_as_the_operator_would() -> None:

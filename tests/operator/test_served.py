@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -356,3 +357,14 @@ def test_only_the_fetch_pod_sees_the_models_secret_and_the_source_claim() -> Non
     }
     assert pod["restartPolicy"] == "Never"
     assert "hub" not in str(deployment(asked, BasePlace(claim="models", path="org/tiny"), SETTINGS))
+
+
+def test_a_models_claim_on_one_node_holds_the_fetch_and_the_replicas() -> None:
+    of = replace(server(model={"uri": "pvc://models/tiny"}), held=("models",))
+    bodies = [fetch_job(of, SETTINGS), deployment(of, BasePlace(claim="models", path="tiny"), SETTINGS)]
+    for template in (body["spec"]["template"] for body in bodies):
+        (term,) = template["spec"]["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+        assert term["labelSelector"]["matchLabels"] == {"claim.tuneward.dev/models": ""}
+        assert template["metadata"]["labels"].items() >= {("claim.tuneward.dev/models", "")}
+    free = deployment(server(), BasePlace(claim="tuneward-store", path="tiny"), SETTINGS)
+    assert "affinity" not in free["spec"]["template"]["spec"]
