@@ -222,6 +222,8 @@ def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Reason.OUT_OF_MEMORY, 1),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), Reason.INFRASTRUCTURE, 75),
         (OSError(28, "No space left on device"), Reason.INFRASTRUCTURE, 75),
+        (RuntimeError("[c10d] TCPStore.cpp: stop waiting"), Reason.INFRASTRUCTURE, 75),
+        (RuntimeError("could not restore the weights"), Reason.USER_CODE, 1),
         (ValueError("x"), Reason.USER_CODE, 1),
         (RuntimeError("put_ does not have a deterministic implementation, but you set"), Reason.CONFIG_INVALID, 78),
         (endings.InputMissingError("no data"), Reason.INPUT_MISSING, 66),

@@ -58,7 +58,7 @@ class TryAgainError(EndingError):
 
 
 _PEER_LOST = re.compile(
-    r"connection (closed|reset|refused)|connection was (closed|reset)|broken pipe|socket|gloo|nccl|timed out|store",
+    r"connection (closed|reset|refused)|connection was (closed|reset)|broken pipe|socket|gloo|nccl|timed out|TCPStore",
     re.IGNORECASE,
 )
 _NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
