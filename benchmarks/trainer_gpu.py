@@ -6,7 +6,8 @@
 Prints the card, versions, and for each contestant tokens a second (wall clock, the device waited for), MFU by the data
 sheet's peak, and the memory that torch has reserved. Each contestant is a process of its own. TRL gets packing (bfd), bf16,
 no gradient checkpointing, and Flash Attention where the package `flash_attn` is installed; without it documents of a packed
-row see each other, and the line says that it was not there. Not run on a GPU yet: none was at hand.
+row see each other, and the line says that it was not there. Ours has its layers compiled, as in a training. Not run on a GPU
+yet: none was at hand.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from contestant import LEARNT, RANK, engine_on
 
 from tuneward_api.estimate import Data, flops_per_token
 from tuneward_api.shape import Shape
-from tuneward_trainer import patches
-from tuneward_trainer.batch import collate, total_weight
+from tuneward_trainer import compiled, patches
+from tuneward_trainer.batch import collate, padded, total_weight
 from tuneward_trainer.data.documents import Document
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.memory import statistics
@@ -59,12 +60,14 @@ def documents(options: argparse.Namespace, vocabulary: int, seed: int) -> Texts:
 @contextmanager
 def ours(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
     engine = engine_on(load_base(options.model, device))
-    with patches.applied(engine.model) as forward:
+    quick = compiled.asked(device.type)
+    with patches.applied(engine.model, (*patches.ALL, patches.COMPILED) if quick else patches.ALL) as forward:
 
         def step(texts: Texts) -> None:
             lengths, weight = np.asarray([len(text.ids) for text in texts], np.int32), total_weight(texts)
             for row in bins(lengths, seed=0, epoch=0, sequence_length=options.row):
                 batch = collate(((index, texts[index]) for index in row), longest=options.row)
+                batch = padded(batch, options.row) if quick else batch
                 engine.forward_backward(forward, batch.to(device).scaled(1 / weight), cross_entropy)
             engine.optim_step(1e-5, engine.gradient.clone())
 

@@ -18,8 +18,8 @@ import torch
 from tests.trainer.jobs import DEADLINE, TARGETS, Job, make_job, make_model, tiny_config
 from torch import Tensor
 
-from tuneward_api.resolved import ResolvedMethod
-from tuneward_trainer import patches
+from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
+from tuneward_trainer import patches, probe
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.distributed import Gang
@@ -113,6 +113,18 @@ def test_a_training_waits_for_no_numbers_but_the_last_steps(
                 request.getfixturevalue("no_waiting")
             done = one_step(session, forward, feed, Clock(12), done)
     assert done is not None
+
+
+def test_compiled_layers_are_right_on_this_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels, by the check that every attempt makes."""
+    names = [*patches.ALL, patches.COMPILED]
+    packing = ResolvedPacking(mode="Packed", reason="", patches=names)
+    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE), packing=packing)
+    for name, value in job.variables().items():
+        monkeypatch.setenv(name, value)
+    session = begin(job.plan, Gang(0, 1, GPU), Stop(), Reporter(None, 0))
+    assert probe.usable(session) == names
+    assert session.row_length == 48
 
 
 def worker(job: Job) -> None:

@@ -23,6 +23,8 @@ from tuneward_trainer.model import decoder_layers, instance_forward
 BACKEND: Final = "inductor"
 CHECKED_BACKEND: Final = "aot_eager"
 """The same graphs, forward and backward, without the kernels, which take a compiler and a minute."""
+_CONTEXT: Final = "Developer debug context: "
+"""Dynamo's own first line is the same for many reasons."""
 
 
 def asked(device: str) -> bool:
@@ -56,6 +58,13 @@ def _with_gradient(quick: Callable[..., Any], plain: Callable[..., Any]) -> Call
 def mark(cu: Tensor) -> None:
     """The documents' bounds, [D + 1]: D is no part of a graph."""
     torch._dynamo.maybe_mark_dynamic(cu, 0)
+
+
+def said(error: Exception) -> str:
+    """What an error says in one line; of a layer that is no single graph, what in it is the reason."""
+    lines = str(error).strip().splitlines() or [""]
+    context = next((line.partition(_CONTEXT)[2] for line in lines if _CONTEXT in line), lines[0])
+    return f"{type(error).__name__}: {context}"[:240]
 
 
 def forget() -> None:

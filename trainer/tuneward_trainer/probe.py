@@ -52,9 +52,8 @@ def usable(session: Session) -> list[str]:
 
 def _complaint(session: Session, length: int, without: list[str]) -> str | None:
     engine = session.engine
-    # Ranks would compile, or fail to, while others wait for their shards.
-    if session.gang.model_sharded or not isinstance(engine, Engine):
-        return "weights that ranks hold together are not compiled"
+    if not isinstance(engine, Engine):
+        raise TypeError("a model that is trained whole is not compiled")
     groups = session.micro_batches(engine.step)
     documents = groups[session.gang.rank % len(groups)]
     batch = collate(((index, session.training[index]) for index in documents), longest=session.row_limit)
@@ -63,7 +62,7 @@ def _complaint(session: Session, length: int, without: list[str]) -> str | None:
         wanted, found = (_learnt(session, engine, batch, names) for names in (without, [*without, patches.COMPILED]))
     except Exception as error:  # noqa: BLE001 - no compiler, a graph that breaks, a kernel that fails: all have one remedy
         engine.gradient.zero_()
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"[:240]
+        return compiled.said(error)
     errors = [_difference(one, other) for one, other in zip(found, wanted, strict=True)]
     limit = LIMITS.get(plain(engine.model).dtype, min(LIMITS.values()))
     # NaN must not pass.

@@ -159,7 +159,9 @@ def _examine(
     except ModelUnsupportedError:
         raise
     except Exception as error:  # noqa: BLE001 - any failure has the same remedy
-        return ResolvedPacking(mode="OneDocument", reason=f"no small twin of the model could be made: {_short(error)}")
+        return ResolvedPacking(
+            mode="OneDocument", reason=f"no small twin of the model could be made: {compiled.said(error)}"
+        )
     agreed: list[str] = []
     why: dict[str, str] = {}
     candidates = patches.OF_WHOLE_MODELS if whole else patches.ALL
@@ -185,7 +187,7 @@ def disagreement(model: PreTrainedModel | PeftModel, names: Collection[str], ref
     try:
         worst, where = worst_error(gradients(model, names), reference)
     except Exception as error:  # noqa: BLE001 - a patch that raises here is not used
-        return _short(error)
+        return compiled.said(error)
     return f"gradients differ by {worst:.1e} (at {where})" if not worst < LIMIT else None
 
 
@@ -336,8 +338,3 @@ def _small_rope(values: dict[str, Any]) -> dict[str, Any]:
 def _small_layer(values: dict[str, Any]) -> dict[str, Any]:
     """What one layer has otherwise than the others (Gemma 4's wider heads): other numbers in the twin too."""
     return {name: 2 * _SHRUNK[name] if name in _SHRUNK else value for name, value in values.items()}
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:240]
