@@ -25,7 +25,7 @@ from torch._dynamo.utils import counters
 from transformers import PreTrainedConfig
 
 from tuneward_api.resolved import ResolvedPacking
-from tuneward_trainer import attention, compiled, patches, probe, verify
+from tuneward_trainer import attention, compiled, patches, prepare, probe, verify
 from tuneward_trainer.batch import Batch, collate, padded
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import add_adapters, decoder_layers, model_class, plain, trainable
@@ -111,6 +111,39 @@ def test_the_kernel_of_gpus_is_part_of_the_graph(three_layers: Any, monkeypatch:
         there: dict[str, Any] = {name: tensor.to("meta") for name, tensor in batch.tensors.items()}
         learnt(model, replace(batch, **there), EVERY, backend=graphs)
     assert (graphs.frame_count, dict(counters["graph_break"])) == (2, {})
+
+
+@pytest.mark.parametrize(
+    ("uid", "workers", "method", "said", "expected"),
+    [
+        ("a", {"gpusPerWorker": 8}, {}, None, True),
+        ("a", None, {"type": "QLoRA"}, None, True),
+        ("a", {"gpusPerWorker": 8}, {}, "0", False),
+        ("a", {"gpusPerWorker": 8}, {"dropout": 0.1}, None, False),
+        ("a", {"gpusPerWorker": 8}, {"type": "DoRA"}, None, False),
+        ("a", {"gpusPerWorker": 0}, {}, None, False),
+        ("a", {"gpusPerWorker": 0}, {}, "1", True),
+        # A workstation without a GPU.
+        ("", {"gpusPerWorker": 8}, {}, None, False),
+    ],
+)
+def test_prepare_looks_at_graphs_where_ranks_will_compile(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uid: str,
+    workers: dict[str, int] | None,
+    method: dict[str, Any],
+    said: str | None,
+    expected: bool,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TUNEWARD_COMPILE", raising=False)
+    if said is not None:
+        monkeypatch.setenv("TUNEWARD_COMPILE", said)
+    job = make_job(tmp_path, spec={"workers": workers} if workers else {}, method=method)
+    request = job.plan.request
+    request = request.model_copy(update={"job": request.job.model_copy(update={"uid": uid})})
+    assert prepare.compiles(request, job.plan.prepared.method) is expected
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.datasets import Dataset, Datasets
-from tuneward_api.estimate import GIB, Device
+from tuneward_api.estimate import GIB
 from tuneward_api.estimate import Data as Statistics
 from tuneward_api.files import Base, Data, Prepared, PrepareReport, Request, termination_message
 from tuneward_api.finetunejob import FineTuneJobSpec, Hyperparameters, Method
@@ -104,7 +104,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
     method = method_of(request, found, facts, places, folder.parent)
-    packing = verify(found, method, memory.device_of(spec))
+    packing = verify(found, method, compiling=compiles(request, method))
     tokenizer = load_tokenizer(found.folder)
     cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
     summary = Summary.read(cache.folder)
@@ -222,15 +222,24 @@ def _resolved(digest: str, summary: Summary) -> ResolvedData:
     )
 
 
-def verify(found: models.Found, method: ResolvedMethod, device: Device) -> ResolvedPacking:
-    """Which patches agree with the plain model; the verdict is kept beside the model."""
+def compiles(request: Request, method: ResolvedMethod) -> bool:
+    """Whether the job's ranks are to compile their layers. A workstation (no uid) has no other machine: without a GPU they
+    run on its processors, whatever the job asks for."""
+    import torch
+
     from tuneward_trainer import compiled
+
+    here = not request.job.uid and not torch.cuda.is_available()
+    return compiled.fits(method) and compiled.asked("cpu" if here else memory.device_of(request.spec))
+
+
+def verify(found: models.Found, method: ResolvedMethod, *, compiling: bool) -> ResolvedPacking:
+    """Which patches agree with the plain model; the verdict is kept beside the model."""
     from tuneward_trainer import verify as verifier
     from tuneward_trainer.model import ModelUnsupportedError
 
     try:
         folder, how = make_directory(found.cache / "verify"), method.type
-        compiling = compiled.asked(device) and compiled.fits(method)
         return verifier.verify(found.folder, folder, whole=how == "Full", packed=how == "QLoRA", compiling=compiling)
     except ModelUnsupportedError as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
