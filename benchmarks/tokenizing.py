@@ -26,8 +26,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from transformers import AutoTokenizer
-
 from tuneward_trainer.data import build
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.samples import Limits, Source
@@ -49,6 +47,8 @@ def main() -> None:
 
 
 def compare(folder: Path, megabytes: int, rounds: int) -> None:
+    from transformers import AutoTokenizer  # prepare's processes have a main module that imports nothing
+
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     file, texts = data(folder, megabytes << 20, tokenizer)
     print(f"{megabytes} MB of conversations, {processors()} processors")

@@ -7,8 +7,11 @@ bounded: memory does not grow with the files.
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
+import pickle
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
@@ -16,7 +19,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Batch, Done, Worker
@@ -76,18 +79,25 @@ def crew(worker: Worker, processes: int) -> Iterator[Crew]:
         return
     # Not forked: this process may hold threads of torch, and locks of theirs.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(worker,))
+    # As bytes, so that a process has set itself up before it reads them.
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_start, initargs=(pickle.dumps(worker),))
     try:
         yield Crew(worker, pool, processes)
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(worker: Worker) -> None:
+def _start(worker: bytes) -> None:
     global _worker
-    _worker = worker
+    # transformers imports torch where it finds it: two seconds and hundreds of megabytes that no tokenizer needs.
+    sys.modules.setdefault("torch", cast("Any", None))
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
     # One thread a process: they are as many as there are processors.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _worker = pickle.loads(worker)
+    # What is there stays, and samples are freed without the collector: it need not look at them so often.
+    gc.freeze()
+    gc.set_threshold(100_000)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -69,8 +69,9 @@ class Packed:
         """Raises ValueError where `weights[i]` does not belong to `ids[i]`, or the first is not 0."""
         if len(ids) != len(weights) or not ids or weights[0]:
             raise ValueError("a document needs as many weights as ids, at least one, and 0 as its first weight")
-        rounded = np.asarray(array("f", weights), "<f2")
-        return cls(np.asarray(array("i", ids), "<i4").tobytes(), rounded.tobytes(), len(weights) - weights.count(0))
+        floats = np.frombuffer(array("f", weights), np.float32)
+        numbers = np.asarray(array("i", ids), "<i4")
+        return cls(numbers.tobytes(), floats.astype("<f2").tobytes(), int(np.count_nonzero(floats)))
 
     def __len__(self) -> int:
         return len(self.ids) // 4

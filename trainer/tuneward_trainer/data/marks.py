@@ -93,8 +93,8 @@ class Marks:
         matches = list(self._pattern.finditer(text.text))
         if numbers[indices].tolist() != [self._ids[match[0]] for match in matches]:
             return None
-        found = [match.span() for match in matches]
-        marked = _Marked(text.text, ids, found, indices.tolist(), self._tails)
+        starts, ends = [match.start() for match in matches], [match.end() for match in matches]
+        marked = _Marked(text.text, ids, starts, ends, indices.tolist(), self._tails)
         places = []
         for start, end in text.spans:
             first, last = marked.index(start), marked.index(end)
@@ -106,32 +106,30 @@ class Marks:
     def _stop(self, marked: _Marked, first: int, end: int) -> int | None:
         """Index behind the token that ends the turn: among the special tokens at the end, with what space the template puts
         between them, the first at which generation ends, else the last."""
-        ends, stop = None, None
-        place = bisect_right(marked.found, end, key=lambda span: span[1]) - 1
-        while (
-            place >= 0
-            and (index := marked.indices[place]) >= first
-            and not marked.text[marked.found[place][1] : end].strip()
-        ):
+        last, stop = None, None
+        place = bisect_right(marked.ends, end) - 1
+        while place >= 0 and (index := marked.indices[place]) >= first and not marked.text[marked.ends[place] : end].strip():
             number = marked.ids[index]
             if number in self._stops:
                 stop = index + 1
             elif number in self._special:
-                ends = ends or index + 1
+                last = last or index + 1
             else:
                 break
-            end = marked.found[place][0]
+            end = marked.starts[place]
             place -= 1
-        return stop or ends
+        return stop or last
 
 
 @dataclass(frozen=True)
 class _Marked:
-    """A text and its ids. `found`: where in the text its added tokens stand, in order; `indices`: where among the ids."""
+    """A text and its ids. `starts`, `ends`: where in the text its added tokens stand, in order; `indices`: where among the
+    ids."""
 
     text: str
     ids: Sequence[int]
-    found: list[tuple[int, int]]
+    starts: list[int]
+    ends: list[int]
     indices: list[int]
     tails: Tails
 
@@ -139,10 +137,10 @@ class _Marked:
         """Of the first token at or behind a place in the text; None where a token may reach across it."""
         if place == len(self.text):
             return len(self.ids)
-        count = bisect_right(self.found, place, key=lambda span: span[1])
-        if count < len(self.found) and self.found[count][0] <= place:
-            return self.indices[count] if self.found[count][0] == place else None
-        start, first = (self.found[count - 1][1], self.indices[count - 1] + 1) if count else (0, 0)
+        count = bisect_right(self.ends, place)
+        if count < len(self.starts) and self.starts[count] <= place:
+            return self.indices[count] if self.starts[count] == place else None
+        start, first = (self.ends[count - 1], self.indices[count - 1] + 1) if count else (0, 0)
         if start == place:
             return first
         tail = self.tails[self.text[start:place]] if count else None
