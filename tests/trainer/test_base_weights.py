@@ -72,8 +72,12 @@ def test_ranks_on_gpus_choose_by_the_smallest(found: Costs, gib: int, shards: in
 
 def test_out_of_memory_names_it_where_it_would_help() -> None:
     tried = Choice(1, recompute=True)
-    assert _shared(on(8), tried, 80 * GIB) == "set spec.workers.baseWeights to Sharded (about 46.5 GiB), "
-    assert _shared(on(8).sharded, tried, 80 * GIB) == _shared(on(1), tried, 80 * GIB) == ""
+    assert _shared(on(8), tried, 80 * GIB) == "set spec.workers.baseWeights to Sharded (about 46.5 GiB each), "
+    assert (
+        _shared(on(1), tried, 80 * GIB)
+        == "raise spec.workers.replicas so that 8 ranks share the base model (about 46.5 GiB each), "
+    )
+    assert _shared(on(8).sharded, tried, 80 * GIB).startswith("raise spec.workers.replicas so that 32 ranks")
     assert _shared(on(8), tried, 24 * GIB) == ""
 
 

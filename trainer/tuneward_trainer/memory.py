@@ -292,11 +292,17 @@ def _packed(kind: str, costs: Costs, choice: Choice, room: int) -> str:
 
 
 def _shared(costs: Costs, choice: Choice, room: int) -> str:
-    """A sharded base model, by the same measure."""
-    needs = costs.sharded.memory(choice).resident
-    if costs.setup.full or needs > 0.75 * min(room, costs.memory(choice).resident):
+    """A base model that ranks share, or that more of them do, by the same measure."""
+    if costs.setup.full:
         return ""
-    return f"set spec.workers.baseWeights to Sharded (about {needs / GIB:.1f} GiB), "
+    enough = 0.75 * min(room, costs.memory(choice).resident)
+    for ranks in (times * costs.ranks for times in (1, 2, 4, 8)):
+        needs = replace(costs, ranks=ranks).sharded.memory(choice).resident
+        if needs <= enough:
+            wanted = f"raise spec.workers.replicas so that {ranks} ranks share the base model"
+            wanted = "set spec.workers.baseWeights to Sharded" if ranks == costs.ranks else wanted
+            return f"{wanted} (about {needs / GIB:.1f} GiB each), "
+    return ""
 
 
 def _smaller(costs: Costs, choice: Choice, room: int) -> str:
