@@ -1,4 +1,4 @@
-"""Answers to held-out prompts, by the plain model as an engine runs it: greedily, one prompt at a time.
+"""Answers to held-out prompts, by the plain model as an engine runs it: greedily, several prompts at a time (`writing.py`).
 
 Prompt and expected answer come from the cached documents: what is learnt last is the answer, what stands before it the
 prompt, token for token as it will be asked.
@@ -24,6 +24,7 @@ from tuneward_trainer.data.documents import Document, Documents
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.evaluate import heed
 from tuneward_trainer.tokenizer import Tokenizer
+from tuneward_trainer.writing import Writer
 
 logger = logging.getLogger("tuneward_trainer")
 
@@ -71,62 +72,44 @@ def answers(
     stopping: Callable[[], bool],
 ) -> list[Answer]:
     """On every rank the answers of all. Raises StoppedError where `stopping()` became true on any rank."""
-    asked, ask = chosen(documents, task, unit), _Asked(model, tokenizer, task, gang, stopping)
-    found: list[Answer] = []
-    if gang.model_sharded:
-        # A token is a pass of all ranks, so all write the same answer.
-        for index in asked:
-            found.append(ask(documents[index]))
-            heed(gang, stopping)
-        return found
-    for start in range(0, len(asked), gang.world):
-        mine = asked[start + gang.rank : start + gang.rank + 1]
-        made = [ask(documents[index]) for index in mine]
+    asked = [documents[index] for index in chosen(documents, task, unit)]
+    prompts = [document.ids[: answer_start(document)].tolist() for document in asked]
+    # Ranks that write one answer together end it together, and learn of a stop between two.
+    criteria = StoppingCriteriaList([_Stop(stopping)] if not gang.model_sharded else [])
+    ends = stop_tokens(model, tokenizer)
+    writer = Writer(model, gang.device, ends, task.max_tokens or evaluation.TASK_TOKENS, criteria)
+    written: dict[int, list[int]] = {}
+    for batches in _turns(writer, prompts, gang):
+        # Of a sharded model a token is a pass of all ranks, so all write the same answers.
+        mine = batches if gang.model_sharded else batches[gang.rank : gang.rank + 1]
+        made = [found for batch in mine for found in zip(batch, writer.write([prompts[i] for i in batch]), strict=True)]
         heed(gang, stopping)
-        found += gang.gather(made)
-    return found
+        written |= dict(made if gang.model_sharded else gang.gather(made))
+    graded = _Graded(tokenizer, task, ends)
+    return [graded(document, written[index]) for index, document in enumerate(asked)]
 
 
-class _Asked:
-    """The model with its tokenizer, and how its answers are graded."""
+def _turns(writer: Writer, prompts: list[list[int]], gang: Gang) -> list[list[list[int]]]:
+    """Batches of prompts that are written at once: one on each rank, or one on all of them."""
+    together = len(prompts) > 1 and bool(gang.add(torch.tensor([float(writer.is_right_together(prompts))]))[0] == gang.world)
+    batches = writer.batches(prompts) if together else [[index] for index in range(len(prompts))]
+    step = 1 if gang.model_sharded else gang.world
+    return [batches[start : start + step] for start in range(0, len(batches), step)]
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, task: Task, gang: Gang, stopping: Callable[[], bool]) -> None:
-        self._model, self._tokenizer, self._task, self._device = model, tokenizer, task, gang.device
+
+class _Graded:
+    """How answers become text, and whether they count."""
+
+    def __init__(self, tokenizer: Tokenizer, task: Task, ends: set[int]) -> None:
+        self._tokenizer, self._grader, self._ends = tokenizer, task.grader, ends
         self._schema = json.loads(task.json_schema) if task.json_schema is not None else None
-        self._ends = stop_tokens(model, tokenizer)
-        # Ranks that write one answer together end it together, and learn of a stop between two.
-        self._criteria = StoppingCriteriaList([_Stop(stopping)] if not gang.model_sharded else [])
 
-    def __call__(self, document: Document) -> Answer:
+    def __call__(self, document: Document, written: list[int]) -> Answer:
         start = answer_start(document)
-        prompt = document.ids[:start].tolist()
-        expected = self._text(document.ids[start:].tolist())
-        answer = self._text(self._write(prompt))
-        grader = self._task.grader
-        return Answer(
-            file=document.file,
-            line=document.line,
-            prompt=self._tokenizer.decode(prompt),
-            expected=expected,
-            answer=answer,
-            right=grade.accepts(grader, answer, expected, self._schema) if grader is not None else None,
-        )
-
-    @torch.no_grad()
-    def _write(self, prompt: list[int]) -> list[int]:
-        """Ids that follow the prompt, greedily, what ends them included."""
-        ids = torch.tensor([prompt], device=self._device)
-        made = self._model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=self._task.max_tokens or evaluation.TASK_TOKENS,
-            do_sample=False,
-            eos_token_id=sorted(self._ends) or None,
-            pad_token_id=min(self._ends, default=0),
-            stopping_criteria=self._criteria,
-        )
-        new: list[int] = made[0, len(prompt) :].tolist()
-        return new
+        expected, answer = self._text(document.ids[start:].tolist()), self._text(written)
+        right = grade.accepts(self._grader, answer, expected, self._schema) if self._grader is not None else None
+        prompt = self._tokenizer.decode(document.ids[:start].tolist())
+        return Answer(document.file, document.line, prompt, expected, answer, right)
 
     def _text(self, ids: list[int]) -> str:
         """Without what ends it. Other special tokens stay: some templates write tool calls with them."""
