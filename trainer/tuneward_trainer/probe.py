@@ -33,9 +33,11 @@ def usable(session: Session) -> list[str]:
     without = [name for name in chosen if name != patches.COMPILED]
     # Kernels that another attempt makes, or cannot make, may round otherwise: not where the same bytes are promised.
     exact = session.gang.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
-    # A rank that cannot compile would leave the others in a collective of the layer that it broke off.
-    shared = session.gang.model_sharded
-    if patches.COMPILED not in chosen or exact or shared or not compiled.asked(session.gang.device.type):
+    if patches.COMPILED not in chosen or exact or not compiled.asked(session.gang.device.type):
+        return without
+    if session.gang.model_sharded:
+        # A rank that cannot compile would leave the others in a collective of the layer that it broke off.
+        logger.info("the patch %s is not used: weights that ranks hold together are not compiled", patches.COMPILED)
         return without
     began, length = time.monotonic(), session.choice.bins * session.schedule.row_tokens
     # On the control group, which is patient: one rank may compile while another has it all in its cache.
