@@ -6,8 +6,9 @@
 Prints the card, versions, and for each contestant tokens a second (wall clock, the device waited for), MFU by the data
 sheet's peak, and the memory that torch has reserved. Each contestant is a process of its own. TRL gets packing (bfd), bf16,
 no gradient checkpointing, and Flash Attention where the package `flash_attn` is installed; without it documents of a packed
-row see each other, and the line says that it was not there. Ours has its layers compiled, as in a training. Not run on a GPU
-yet: none was at hand.
+row see each other, and the line says that it was not there. TRL with Liger's kernels is a third contestant where the package
+`liger_kernel` is installed. Ours has its layers compiled, as in a training. Below stand figures that others published, with
+their source. Not run on a GPU yet: none was at hand.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -39,6 +41,23 @@ from tuneward_trainer.memory import statistics
 from tuneward_trainer.mfu import peak_of
 from tuneward_trainer.model import load_base
 from tuneward_trainer.packing import bins
+
+PUBLISHED: Final[tuple[dict[str, Any], ...]] = (
+    {
+        "contestant": "mistral-finetune",
+        "of": "Mistral 7B v0.3, LoRA, rows of 32,768 tokens, 8 H100",
+        "tokensPerSecond": round(300 * 131_072_000 / 500 / (30 * 60) / 8),
+        "source": "https://github.com/mistralai/mistral-finetune, README: 300 steps take around 30 min on 8 H100; 500 steps "
+        "are 131,072,000 tokens",
+    },
+    {
+        "contestant": "NeMo",
+        "of": "Llama 2 7B, LoRA, FP8, rows of 4,096 tokens, 8 H100",
+        "tokensPerSecond": 25_206,
+        "source": "NVIDIA NeMo, Performance Benchmarks, container 24.07, table Finetuning",
+    },
+)
+"""Tokens a second of one GPU, of other models, rows and versions: no run of this benchmark."""
 
 Texts = list[Document]
 Step = Callable[[Texts], None]
@@ -75,9 +94,10 @@ def ours(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
 
 
 @contextmanager
-def trl(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
+def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = False) -> Iterator[Step]:
     from datasets import Dataset
     from peft import LoraConfig
+    from transformers.integrations.liger import apply_liger_kernel
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
     attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") and device.type == "cuda" else "sdpa"
@@ -86,7 +106,7 @@ def trl(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
     arguments = SFTConfig(
         output_dir=tempfile.mkdtemp(), packing=True, max_length=options.row, per_device_train_batch_size=1,
         gradient_checkpointing=False, bf16=device.type == "cuda", use_cpu=device.type == "cpu", report_to="none",
-        learning_rate=1e-5, disable_tqdm=True,
+        learning_rate=1e-5, disable_tqdm=True, use_liger_kernel=liger,
     )  # fmt: skip
     trainer = SFTTrainer(
         model=model,
@@ -95,6 +115,8 @@ def trl(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
         processing_class=transformers.AutoTokenizer.from_pretrained(options.model),
         peft_config=LoraConfig(r=RANK, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    if liger:  # as Trainer.train would
+        apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     trainer.create_optimizer()
     trainer.model.train()
 
@@ -113,12 +135,23 @@ def trl(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
     yield step
 
 
+CONTESTANTS: Final = {"ours": ours, "trl": trl, "trl-liger": partial(trl, liger=True)}
+
+
+def contestants(options: argparse.Namespace) -> list[str]:
+    """Those that can run here: liger's kernels are for GPUs."""
+    if options.no_trl:
+        return ["ours"]
+    liger = options.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
+    return ["ours", "trl", *(["trl-liger"] if liger else [])]
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """In this process. Bytes, tokens a second."""
     device = torch.device(options.device)
     config = json.loads((options.model / "config.json").read_text())
     spent, tokens, lengths = 0.0, 0, []
-    with {"ours": ours, "trl": trl}[name](options, device) as step:
+    with CONTESTANTS[name](options, device) as step:
         for index in range(options.warmup + options.steps):
             texts = documents(options, int(config["vocab_size"]), index)
             _wait(device)
@@ -159,7 +192,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--no-trl", action="store_true")
-    parser.add_argument("--only", choices=("ours", "trl"), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=tuple(CONTESTANTS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         print(json.dumps(measure(options.only, options)))
@@ -167,9 +200,11 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU here; run it on a machine with one")
         return 1
-    for name in ("ours",) if options.no_trl else ("ours", "trl"):
+    for name in contestants(options):
         done = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
         print(done.stdout.splitlines()[-1], flush=True)
+    for figure in PUBLISHED:
+        print(json.dumps({"published": True, **figure}))
     return 0
 
 
