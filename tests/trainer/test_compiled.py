@@ -251,7 +251,7 @@ def test_layers_that_are_wrong_on_the_device_are_not_used(
     caplog.clear()
     session.gang = replace(session.gang, model_sharded=True)
     assert probe.usable(session) == list(patches.ALL)
-    assert not caplog.text, "a layer of a sharded base is not tried: breaking off there would hang the other ranks"
+    assert "differ" not in caplog.text, "a layer of a sharded base is not tried: breaking off there would hang other ranks"
 
 
 def half(graph: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
