@@ -37,6 +37,7 @@ READS = [
     "{{ '%s' % m.content }}",
     "{% if m.content in 'xyz' %}{% endif %}",
     "{{ 'xyz'.startswith(m.content) }}",
+    "{{ 'a' in m.content in 'xyz' }}",
     "{% if m.content | tojson == 'x' %}{% endif %}",
     "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) }}",
     "{% set x %}{{ m.content }}{% endset %}",

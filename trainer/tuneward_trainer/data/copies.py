@@ -83,7 +83,8 @@ def _harmless(node: nodes.Node) -> bool:
     if isinstance(node, nodes.Mod):  # of numbers; of a text it would format
         return isinstance(node.right, nodes.Const) and isinstance(node.right.value, int)
     if isinstance(node, nodes.Compare):  # a text in another text is not asked
-        return all(one.op not in ("in", "notin") or _is_asked(node.expr, one.expr) for one in node.ops)
+        within = [one for one in node.ops if one.op in ("in", "notin")]
+        return not within or (len(node.ops) == 1 and _is_asked(node.expr, within[0].expr))
     if isinstance(node, nodes.Test):
         return node.name in _TESTS
     return isinstance(node, _HARMLESS)
