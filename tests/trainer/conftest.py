@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.trainer.rooms import UNVERIFIED, Room, furnish
+from tests.trainer.sessions import sessions_here
 from tests.trainer.templates import FOLDER, MARKS, NAMES
 from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from tuneward_api import names
 from tuneward_trainer import gguf, prepare
+from tuneward_trainer.session import Session
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,3 +54,10 @@ def plain(smollm2: Path) -> Any:
     marks = sorted({mark for name in NAMES for mark in MARKS.findall((FOLDER / f"{name}.jinja").read_text())})
     tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks], special_tokens=True)
     return tokenizer
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Session]]:
+    """A rank's session in this process, of which it is the only one."""
+    with sessions_here(monkeypatch) as make:
+        yield make

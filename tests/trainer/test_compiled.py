@@ -18,8 +18,8 @@ import torch
 import transformers
 from tests.trainer import families
 from tests.trainer.jobs import Job, make_job, tiny_config
+from tests.trainer.sessions import losses
 from tests.trainer.test_fake_gpu import METHOD
-from tests.trainer.test_step import begun, losses  # noqa: F401 - begun is a fixture
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import PreTrainedConfig
@@ -218,7 +218,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Job, Job]:
 
 def test_compiled_training_learns_the_same_and_a_cpu_compiles_nothing_unasked(
     jobs: tuple[Job, Job],
-    begun: Callable[..., Session],  # noqa: F811
+    begun: Callable[..., Session],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     job, other = jobs
@@ -234,7 +234,7 @@ def test_compiled_training_learns_the_same_and_a_cpu_compiles_nothing_unasked(
 
 def test_layers_that_are_wrong_on_the_device_are_not_used(
     jobs: tuple[Job, Job],
-    begun: Callable[..., Session],  # noqa: F811
+    begun: Callable[..., Session],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

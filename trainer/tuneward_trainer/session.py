@@ -170,19 +170,9 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     here = checkpoint.circumstances(gang, choice, packed=prepared.method.type == "QLoRA")
     found = gang.broadcast(checkpoint.newest(run, wanted, here) if gang.leads else None)
     attempt, saved = enter(plan, run, gang, found)
-    asked, evaluation = plan.request.spec.checkpoint, plan.request.spec.evaluation
+    evaluation = plan.request.spec.evaluation
     notes = found.notes if found is not None else {}
-    saver = None
-    if gang.leads or gang.optimizer_sharded:
-        saver = checkpoint.Saver(
-            run,
-            attempt=attempt,
-            keep=(asked.keep if asked is not None else None) or DEFAULT_KEEP,
-            facts={"identity": wanted, "circumstances": here, "notes": notes},
-            crew=Crew.of(gang) if gang.optimizer_sharded else None,
-        )
-        saver.last = saved
-        saver.pinned = int(notes["best_step"]) if "best_step" in notes else None
+    saver = saver_of(plan, run, gang, attempt, {"identity": wanted, "circumstances": here, "notes": notes}, saved)
     step = found.step if found is not None else 0
     resume = found.resume if found is not None else "exact"
     reporter.update(attempt=attempt, from_step=step, resume=resume, step=step, checkpoint=saved)
@@ -215,6 +205,21 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
         score_before=notes.get("task_score_before"),
         base_answers=whole.answers(engine.model, samples(training)) if whole_model else [],
     )
+
+
+def saver_of(
+    plan: Plan, run: Path, gang: Gang, attempt: int, facts: dict[str, Any], saved: SavedCheckpoint | None
+) -> checkpoint.Saver | None:
+    """The leader's alone, but where each rank holds a part of the state. `saved`: what there is already."""
+    if not (gang.leads or gang.optimizer_sharded):
+        return None
+    asked, notes = plan.request.spec.checkpoint, facts["notes"]
+    keep = (asked.keep if asked is not None else None) or DEFAULT_KEEP
+    crew = Crew.of(gang) if gang.optimizer_sharded else None
+    saver = checkpoint.Saver(run, attempt=attempt, keep=keep, facts=facts, crew=crew)
+    saver.last = saved
+    saver.pinned = int(notes["best_step"]) if "best_step" in notes else None
+    return saver
 
 
 def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang, training: Documents) -> Engine:
