@@ -17,10 +17,11 @@ from tests.trainer.rooms import chats, write
 from transformers import AutoTokenizer
 
 from tuneward_trainer.data import build, samples
+from tuneward_trainer.data import crew as crews
 from tuneward_trainer.data.crew import crew
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import SampleError
-from tuneward_trainer.data.samples import Batch, Limits, Source, Worker
+from tuneward_trainer.data.samples import Batch, Done, Limits, Source, Worker
 
 DEADLINE = 60.0
 
@@ -73,12 +74,42 @@ def test_what_is_broken_comes_behind_all_that_stands_before(encoder: Encoder) ->
 
 def test_a_process_that_is_killed_ends_in_a_sentence(encoder: Encoder) -> None:
     with crew(Worker(encoder, Limits(50)), 2) as workers:
-        assert workers._pool is not None
         work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
         next(work)
-        os.kill(next(iter(workers._pool._processes)), signal.SIGKILL)
+        os.kill(workers.members[0].id, signal.SIGKILL)
         with pytest.raises(ChildProcessError, match="a process that tokenizes was killed, perhaps for memory"):
             list(work)
+
+
+def test_one_that_is_killed_before_it_was_asked_ends_in_the_same_sentence(encoder: Encoder) -> None:
+    with crew(Worker(encoder, Limits(50)), 2) as workers:
+        for member in workers.members:
+            os.kill(member.id, signal.SIGKILL)
+        with pytest.raises(ChildProcessError, match="a process that tokenizes was killed, perhaps for memory"):
+            list(workers.work(batch({"text": f"number {index}"}) for index in range(99)))
+
+
+def test_a_process_that_stands_still_ends_in_a_sentence(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with crew(Worker(encoder, Limits(50)), 2) as workers:
+        work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
+        next(work)
+        monkeypatch.setattr(crews, "_PATIENCE", 1.0)
+        for member in workers.members:
+            os.kill(member.id, signal.SIGSTOP)
+        with pytest.raises(ChildProcessError, match=r"made nothing of lines 1 to 1 in 1 s; run it again$"):
+            list(work)
+    assert not any(alive(member.id) for member in workers.members)
+
+
+class Wrong(Worker):
+    def __call__(self, batch: Batch) -> Done:
+        raise RuntimeError(f"of line {batch.records[0][0]}")
+
+
+def test_a_fault_of_ours_is_raised_with_its_place(encoder: Encoder) -> None:
+    with crew(Wrong(encoder, Limits(50)), 2) as workers, pytest.raises(RuntimeError, match="of line 1") as caught:
+        list(workers.work(iter([batch({"text": "x"})])))
+    assert "in __call__" in caught.value.__notes__[0]
 
 
 KILLED = """
@@ -94,7 +125,7 @@ if __name__ == "__main__":
     encoder = Encoder(AutoTokenizer.from_pretrained(sys.argv[1]), "Assistant")
     with crew(Worker(encoder, Limits(50)), 2) as workers:
         for _ in workers.work(batch({"text": "x"}) for _ in range(10**9)):
-            print(*workers._pool._processes, flush=True)
+            print(*(member.id for member in workers.members), flush=True)
             time.sleep(1000)
 """
 
