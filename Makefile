@@ -12,7 +12,7 @@ LOCKS := requirements/dev.txt requirements/model.txt
 # What the processes of a cluster load: compiled here once, and not by several at a time. All packages would take a minute.
 LOADED := tuneward_trainer.verify, tuneward_trainer.session, tuneward_serving.engine.routes, tuneward_operator.main, tuneward_cli.main
 # Real clusters on a busy machine: what failed is run once more, alone, and is named; twice is a failure.
-AGAIN = { echo "make: the tests above failed; once more, one at a time"; $(BIN)/pytest -q --timeout=1800 --last-failed --last-failed-no-failures none -m "not slow and not gpu"; }
+AGAIN = { echo "make: the tests above failed; once more, one at a time"; $(BIN)/pytest -q --timeout=1500 --last-failed --last-failed-no-failures none -m "not slow and not gpu"; }
 export PYTHONUNBUFFERED := 1
 # Where it is set, each process compiles all of torch and transformers anew: twice the time to start.
 unexport PYTHONDONTWRITEBYTECODE

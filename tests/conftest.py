@@ -44,6 +44,16 @@ class ByCluster(LoadScopeScheduling):
             return f"{cluster}, of {user}"
         return file
 
+    def remove_node(self, node: Any) -> str | None:
+        """A test whose process ended has failed; xdist would begin it again and again."""
+        for tests in self.assigned_work[node].values():
+            for test, done in tests.items():
+                if not done:
+                    tests[test] = True
+                    super().remove_node(node)
+                    return test
+        return super().remove_node(node)
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByCluster:
