@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from tuneward_api.conditions import FINAL_PHASES, Condition, ConditionType, Phase, Reason
 from tuneward_api.files import Plan, Progress, Result, SavedCheckpoint
@@ -166,7 +166,6 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
     """The seen status with whatever leaders have said since: attempts, checkpoint, progress."""
     status = seen.status
     attempts = {(entry.number, entry.pod_uid): entry for entry in status.attempts or ()}
-    checkpoint = status.checkpoint
     progress = _progress(seen, now, progress_every)
     trackers = status.trackers
     for worker in seen.workers:
@@ -175,7 +174,6 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
                 attempts, worker, at_most=progress.step if progress is not None and _calm(seen, worker) else None
             )
             _absorb_result(attempts, worker)
-            checkpoint = _newer(checkpoint, _checkpoint_of(worker))
             trackers = _trackers_of(worker) or trackers
     newest = sorted(attempts.values(), key=lambda entry: entry.number)[-SHOWN_ATTEMPTS:]
     count = max([entry.number for entry in newest] + [status.attempt_count or 0])
@@ -183,7 +181,7 @@ def absorb(seen: Seen, now: datetime, *, progress_every: float) -> FineTuneJobSt
         update={
             "attempts": newest or None,
             "attempt_count": count or None,
-            "checkpoint": checkpoint,
+            "checkpoint": _checkpoint(status.checkpoint, seen.workers, count),
             "progress": progress,
             "trackers": trackers,
         }
@@ -231,6 +229,8 @@ def _absorb_result(attempts: Attempts, worker: Worker) -> None:
         return
     entry = _entry(attempts, said.attempt, said.pod_uid or worker.uid, worker)
     saved = said.checkpoint.step if said.checkpoint is not None else said.from_step
+    if _diverged(said) and said.checkpoint is None:
+        saved = 0
     update: dict[str, Any] = {"from_step": said.from_step, "last_step": said.step, "resume": said.resume[:256]}
     if entry.cause is not None and said.outcome != "Succeeded":
         update["lost_steps"] = max(0, said.step - saved)
@@ -247,6 +247,17 @@ def _entry(attempts: Attempts, number: int, pod_uid: str, worker: Worker) -> Att
     )
 
 
+def _checkpoint(known: CheckpointStatus | None, workers: tuple[Worker, ...], newest: int) -> CheckpointStatus | None:
+    """The newest that was told of. A divergence alone takes some away, and its result names what is left; that of an
+    attempt before the `newest` is past."""
+    for leader in (worker for worker in workers if worker.index == 0):
+        if _diverged(leader.result) and leader.result.attempt == newest:
+            return _newer(None, leader.result.checkpoint)
+        if not _diverged(leader.result):
+            known = _newer(known, _checkpoint_of(leader))
+    return known
+
+
 def _checkpoint_of(worker: Worker) -> SavedCheckpoint | None:
     said = [worker.result.checkpoint if worker.result else None, worker.heard.progress.checkpoint if worker.heard else None]
     return max((found for found in said if found is not None), key=lambda found: found.step, default=None)
@@ -256,6 +267,10 @@ def _newer(known: CheckpointStatus | None, saved: SavedCheckpoint | None) -> Che
     if saved is None or (known is not None and known.step >= saved.step):
         return known
     return CheckpointStatus(step=saved.step, digest=saved.digest, saved_at=saved.saved_at)
+
+
+def _diverged(said: Result | None) -> TypeGuard[Result]:
+    return said is not None and said.reason == Reason.NUMERICAL_DIVERGENCE
 
 
 def close(status: FineTuneJobStatus, cause: str, *, alive: frozenset[str] = frozenset()) -> FineTuneJobStatus:

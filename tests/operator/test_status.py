@@ -74,6 +74,23 @@ def test_the_checkpoint_never_goes_back() -> None:
     assert absorbed(accepted(status={**RUNNING, "checkpoint": known}, gang=gang(leader))).checkpoint.step == 50
 
 
+@pytest.mark.parametrize("left", [20, None])
+def test_after_a_divergence_the_checkpoint_is_what_it_left(left: int | None) -> None:
+    """The leader's last answer still names the one that was removed, and so does status."""
+    known = {"step": 40, "digest": "x", "savedAt": "2026-11-25T11:00:00Z"}
+    closed = {"number": 1, "launch": 1, "podUID": "pod-1-0", "cause": "diverged", "fromStep": 30, "lastStep": 45}
+    left_behind = {"checkpoint": saved(left)} if left else {}
+    said = result(outcome="Failed", exitCode=1, reason="NumericalDivergence", step=45, fromStep=30, **left_behind)
+    ended = worker(phase="Failed", result=said, heard=heard(step=45, checkpoint=saved(40)))
+    status = absorbed(accepted(status={**RUNNING, "checkpoint": known, "attempts": [closed]}, workers=(ended,)))
+    assert (status.checkpoint.step if status.checkpoint else None) == left
+    assert status.attempts[0].lost_steps == 45 - (left or 0)
+    # Its pod may stay while the next attempt comes further.
+    after = worker(launch=2, uid="pod-2-0", heard=heard(attempt=2, step=39, checkpoint=saved(35)))
+    picture = accepted(status={**RUNNING, "checkpoint": known | {"step": 20}, "attempts": [closed]}, workers=(ended, after))
+    assert absorbed(picture).checkpoint.step == 35
+
+
 @pytest.mark.parametrize(
     ("step", "steps", "later", "written"),
     [(9, 1000, 5, False), (9, 1000, 31, True), (20, 1000, 5, True), (1, 25, 5, True)],

@@ -122,6 +122,17 @@ def test_those_of_a_diverged_state_are_removed_and_a_later_attempts_are_not(tmp_
     assert sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir()) == ["step-00000003.a1", "step-00000012.a3"]
 
 
+def test_after_a_divergence_the_last_one_is_the_newest_that_is_left(tmp_path: Path) -> None:
+    saver = checkpoint.Saver(tmp_path, attempt=1, keep=9, facts=FACTS)
+    for step in (3, 6, 9):
+        saver.save(snapshot(step))
+    saver.discard(6)
+    assert saver.last is not None
+    assert (saver.last.step, saver.last.directory) == (3, "checkpoints/step-00000003.a1")
+    saver.discard(0)
+    assert saver.last is None
+
+
 @contextmanager
 def full_disk() -> Iterator[None]:
     """No file may grow beyond 64 bytes: a write fails as on a full disk."""

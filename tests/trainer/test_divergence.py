@@ -21,6 +21,7 @@ from tuneward_api.conditions import Reason
 from tuneward_trainer import rundir
 from tuneward_trainer.data.documents import TRAINING, DocumentWriter
 from tuneward_trainer.divergence import PATIENCE, LossWatch, advice, exploded, listing
+from tuneward_trainer.progress import read_ranks
 
 UNIFORM = math.log(32_000)
 
@@ -213,6 +214,9 @@ def test_no_checkpoint_holds_a_state_that_gave_a_suspect_loss(exploding: Job) ->
     assert steps[:30] == list(range(1, 31))
     # A step has the loss of the state before its update: the first suspect one judges the state of one update less.
     assert first - 5 < steps[-1] < first - 1
+    # What the rank said last, of which the result is made, names what the next try goes on from.
+    (said,) = read_ranks(exploding.run / "status")
+    assert said["checkpoint"]["step"] == steps[-1]
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -143,9 +143,14 @@ def _read(folder: Path, digest: str, step: int, wanted: dict[str, Any], here: di
         state=folder / SHARDS if (folder / SHARDS).is_dir() else load_file(folder / "state.safetensors"),
         watch=facts.get("watch", {}),
         resume=f"equivalent ({', '.join(changes)})" if changes else "exact",
-        saved=SavedCheckpoint(step=step, digest=digest, saved_at=facts["savedAt"], directory=f"{FOLDER}/{folder.name}"),
+        saved=_saved(folder, digest, step),
         notes=facts.get("notes", {}),
     )
+
+
+def _saved(folder: Path, digest: str, step: int) -> SavedCheckpoint:
+    at = json.loads((folder / "state.json").read_bytes())["savedAt"]
+    return SavedCheckpoint(step=step, digest=digest, saved_at=at, directory=f"{FOLDER}/{folder.name}")
 
 
 def write(run: Path, snapshot: Snapshot, *, attempt: int) -> SavedCheckpoint:
@@ -183,12 +188,17 @@ def prune(run: Path, *, keep: int, attempt: int, pinned: int | None = None) -> N
             remove(folder)
 
 
-def discard(run: Path, *, step: int, attempt: int) -> None:
-    """Removes those of `step` and later steps: a state that gave a bad loss is nothing to go on from."""
+def discard(run: Path, *, step: int, attempt: int) -> SavedCheckpoint | None:
+    """Removes those of `step` and later steps: a state that gave a bad loss is nothing to go on from. Returns the newest
+    complete one that is left."""
     for found, owner, folder in _listed(run):
         if found >= step and owner <= attempt:
             logger.info("%s is removed: the loss that it gave is a divergence", folder.name)
             remove(folder)
+    for found, _, folder in _listed(run):
+        if manifest.complete(folder):
+            return _saved(folder, manifest.read_manifest(folder)[0], found)
+    return None
 
 
 def remove(folder: Path) -> None:
@@ -254,10 +264,7 @@ class Saver:
     def discard(self, step: int) -> None:
         """Those of `step` and later steps."""
         self.wait()
-        if self._leads:
-            discard(self._run, step=step, attempt=self._attempt)
-        if self.last is not None and self.last.step >= step:
-            self.last = None
+        self.last = discard(self._run, step=step, attempt=self._attempt) if self._leads else None
 
     def wait(self) -> OSError | None:
         """Until nothing is being written. Returns why the last one failed: the training itself goes on."""
