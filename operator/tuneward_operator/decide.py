@@ -238,7 +238,10 @@ def _with_gang(context: Context, gang: Gang) -> Decision:
     workers = "1 worker" if replicas == 1 else f"{replicas} workers"
     message = f"training on {workers}"
     if stale:
-        message += "; its leader does not answer, so progress is unknown (a network policy may block port 8787)"
+        message += (
+            "; its leader does not answer, so progress is unknown "
+            "(a network policy may block port 8787, or the operator runs outside the pods' network)"
+        )
     say = Say(phase=Phase.RUNNING, reason=Reason.TRAINING, message=message, stale=stale)
     return context.say(say, wake=context.settings.progress_seconds)
 

@@ -197,11 +197,6 @@ class Kube:
         }
         return await self._apply(resource.path(namespace, name, "status"), STATUS_FIELD_MANAGER, body)
 
-    async def proxy_get(self, namespace: str, pod: str, port: int, path: str, *, seconds: float) -> bytes:
-        """GET from a pod through the API server."""
-        address = PODS.path(namespace, f"{pod}:{port}", "proxy") + path
-        return await self._bytes("GET", address, seconds=seconds)
-
     async def pages(self, resource: Resource, namespace: str | None, selector: str = "") -> AsyncIterator[Object]:
         """Every page of a list, whole objects."""
         async for page in self._pages(resource, namespace, selector, accept="application/json"):

@@ -35,7 +35,7 @@ from tuneward_operator.kube import (
     Resource,
     load_configuration,
 )
-from tuneward_operator.poll import ANSWER_SECONDS, Leader, Poller, pull_directly, pull_through
+from tuneward_operator.poll import ANSWER_SECONDS, Leader, Poller, pull_directly
 from tuneward_operator.queue import Key
 from tuneward_operator.settings import Settings
 
@@ -64,8 +64,7 @@ async def operate(settings: Settings, stop: asyncio.Event | None = None) -> None
         stack.push_async_callback(kube.close)
         limits = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
         session = await stack.enter_async_context(aiohttp.ClientSession(timeout=limits, trust_env=False))
-        pull = pull_directly(session) if settings.poll == "direct" else pull_through(kube)
-        app = App(settings=settings, kube=kube, pull=pull)
+        app = App(settings=settings, kube=kube, pull=pull_directly(session))
         informers = children(app)
         lag = health.LoopLag()
         if settings.health_port:

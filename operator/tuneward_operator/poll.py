@@ -19,7 +19,6 @@ import aiohttp
 
 from tuneward_api.files import Progress
 from tuneward_api.names import TRAINER_PORT
-from tuneward_operator.kube import ApiError, Kube
 from tuneward_operator.tolerant import tolerant
 
 logger = logging.getLogger(__name__)
@@ -80,29 +79,22 @@ def _noteworthy(before: Progress, after: Progress) -> bool:
 
 
 class Pull(Protocol):
-    """GET from a pod. Raises one of PULL_ERRORS."""
+    """GET from a pod's address. Raises one of PULL_ERRORS."""
 
-    async def __call__(self, *, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes: ...
+    async def __call__(self, ip: str, port: int, path: str) -> bytes: ...
 
 
-PULL_ERRORS = (aiohttp.ClientError, TimeoutError, OSError, ApiError)
+PULL_ERRORS = (aiohttp.ClientError, TimeoutError, OSError)
 
 
 def pull_directly(session: aiohttp.ClientSession) -> Pull:
     """`session` must not trust proxies from the environment: they know nothing of pods."""
 
-    async def pull(*, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes:  # noqa: ARG001
+    async def pull(ip: str, port: int, path: str) -> bytes:
         host = f"[{ip}]" if ":" in ip else ip
         async with session.get(f"http://{host}:{port}{path}") as answer:
             answer.raise_for_status()
             return await answer.read()
-
-    return pull
-
-
-def pull_through(kube: Kube) -> Pull:
-    async def pull(*, namespace: str, pod: str, ip: str, port: int, path: str) -> bytes:  # noqa: ARG001
-        return await kube.proxy_get(namespace, pod, port, path, seconds=ANSWER_SECONDS)
 
     return pull
 
@@ -147,9 +139,7 @@ class Poller:
 
     async def _one(self, leader: Leader) -> None:
         try:
-            answer = await self._pull(
-                namespace=leader.namespace, pod=leader.pod, ip=leader.ip, port=TRAINER_PORT, path="/progress"
-            )
+            answer = await self._pull(leader.ip, TRAINER_PORT, "/progress")
             # Not orjson: a foreign trainer may say NaN, and only that number shall be lost.
             progress = tolerant(Progress, json.loads(answer))
         except (*PULL_ERRORS, ValueError) as error:

@@ -268,7 +268,7 @@ async def ask_agents(app: App, pods: Sequence[PodView]) -> tuple[Replica, ...]:
 
 async def ask_agent(app: App, pod: PodView) -> Replica:
     try:
-        answer = await app.pull(namespace=pod.namespace, pod=pod.name, ip=pod.ip, port=AGENT_PORT, path="/adapters")
+        answer = await app.pull(pod.ip, AGENT_PORT, "/adapters")
         return Replica(pod=pod.name, report=tolerant(AgentReport, json.loads(answer)))
     except (*PULL_ERRORS, ValueError) as error:
         logger.debug("no report from %s/%s: %s", pod.namespace, pod.name, error)

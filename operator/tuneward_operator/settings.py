@@ -27,9 +27,6 @@ class Settings:
         (), "Secrets for pulling images, in each job's namespace, comma-separated"
     )
     image_server: str = _setting("tuneward-server", "image of model servers")
-    poll: Literal["direct", "proxy"] = _setting(
-        "direct", "how progress is read: direct (pod IP), or proxy (API server) for an operator outside the cluster"
-    )
     poll_seconds: float = _setting(5.0, "time between two looks at a leader's progress")
     poll_rate: float = _setting(50.0, "most looks a second, over all jobs")
     stale_seconds: float = _setting(120.0, "a leader that gave no answer for so long is reported as ProgressStale")
@@ -99,7 +96,6 @@ def parse_command(arguments: Sequence[str]) -> Settings:
 
 
 _CHOICES: dict[str, tuple[str, ...]] = {
-    "poll": ("direct", "proxy"),
     "log_format": ("json", "text"),
     "storage_access_mode": ("ReadWriteMany", "ReadWriteOnce", "ReadWriteOncePod"),
     "log_level": ("DEBUG", "INFO", "WARNING", "ERROR"),

@@ -38,7 +38,7 @@ def test_a_flag_wins_over_the_environment_and_the_environment_over_the_default()
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--poll", "push"], "poll is 'push'; allowed: direct, proxy"),
+        (["--log-format", "xml"], "log_format is 'xml'; allowed: json, text"),
         (["--poll-seconds", "soon"], "poll_seconds is 'soon'; it must be a number"),
     ],
 )

@@ -26,7 +26,6 @@ from tuneward_operator.kube import (
     Resource,
     load_configuration,
 )
-from tuneward_operator.poll import pull_through
 from tuneward_operator.queue import Key
 from tuneward_operator.settings import Settings
 
@@ -37,7 +36,11 @@ async def deaf_app(world: World) -> App:
     """An operator's inside without any watch: it knows what the test tells it."""
     settings = Settings(kubeconfig=str(world.operators.cluster.kubeconfig), namespaces=(world.namespace,))
     kube = Kube(await load_configuration(settings), settings)
-    return App(settings=settings, kube=kube, pull=pull_through(kube))
+
+    async def nobody(ip: str, port: int, path: str) -> bytes:
+        raise ConnectionRefusedError(f"{ip}:{port}{path}")
+
+    return App(settings=settings, kube=kube, pull=nobody)
 
 
 async def test_a_job_deleted_while_the_watch_was_down_stays_deleted(world: World) -> None:
