@@ -8,18 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.trainer.rooms import chats, write
-from transformers import AutoTokenizer
 
 from tuneward_trainer.data import build, samples
 from tuneward_trainer.data import crew as crews
 from tuneward_trainer.data.crew import crew
-from tuneward_trainer.data.encode import Encoder
+from tuneward_trainer.data.encode import Encoded, Encoder, document
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Batch, Done, Limits, Source, Worker
 
@@ -28,7 +27,19 @@ DEADLINE = 60.0
 
 @pytest.fixture(scope="module")
 def encoder(smollm2: Path) -> Encoder:
+    from transformers import AutoTokenizer  # not above: a process that unpickles what is here would load it
+
     return Encoder(AutoTokenizer.from_pretrained(smollm2), "Assistant")
+
+
+class Letters:
+    """A tokenizer that is there at once."""
+
+    def encode(self, values: Sequence[Any]) -> list[list[Encoded] | SampleError]:
+        return [[document([0] * 4, [1.0] * 4)] for _ in values]
+
+
+WORKER = Worker(Letters(), Limits(50))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,20 +71,20 @@ def batch(*values: Any) -> Batch:
     return Batch([(line, json.dumps(value).encode()) for line, value in enumerate(values, 1)], "Text", {})
 
 
-def test_what_is_broken_comes_behind_all_that_stands_before(encoder: Encoder) -> None:
+def test_what_is_broken_comes_behind_all_that_stands_before() -> None:
     def broken() -> Iterator[Batch]:
         yield from (batch({"text": f"number {index}"}) for index in range(9))
         raise SampleError("", "is cut", "a whole file")
 
     lengths = []
-    with crew(Worker(encoder, Limits(50)), 2) as workers, pytest.raises(SampleError, match="is cut"):
+    with crew(WORKER, 2) as workers, pytest.raises(SampleError, match="is cut"):
         for _, done in workers.work(broken()):
             lengths.append([len(document) for _, documents, _ in done.good for document in documents])
     assert lengths == [[4]] * 9
 
 
-def test_a_process_that_is_killed_ends_in_a_sentence(encoder: Encoder) -> None:
-    with crew(Worker(encoder, Limits(50)), 2) as workers:
+def test_a_process_that_is_killed_ends_in_a_sentence() -> None:
+    with crew(WORKER, 2) as workers:
         work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
         next(work)
         os.kill(workers.members[0].id, signal.SIGKILL)
@@ -81,16 +92,16 @@ def test_a_process_that_is_killed_ends_in_a_sentence(encoder: Encoder) -> None:
             list(work)
 
 
-def test_one_that_is_killed_before_it_was_asked_ends_in_the_same_sentence(encoder: Encoder) -> None:
-    with crew(Worker(encoder, Limits(50)), 2) as workers:
+def test_one_that_is_killed_before_it_was_asked_ends_in_the_same_sentence() -> None:
+    with crew(WORKER, 2) as workers:
         for member in workers.members:
             os.kill(member.id, signal.SIGKILL)
         with pytest.raises(ChildProcessError, match="a process that tokenizes was killed, perhaps for memory"):
             list(workers.work(batch({"text": f"number {index}"}) for index in range(99)))
 
 
-def test_a_process_that_stands_still_ends_in_a_sentence(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
-    with crew(Worker(encoder, Limits(50)), 2) as workers:
+def test_a_process_that_stands_still_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    with crew(WORKER, 2) as workers:
         work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
         next(work)
         monkeypatch.setattr(crews, "_PATIENCE", 1.0)
@@ -106,36 +117,31 @@ class Wrong(Worker):
         raise RuntimeError(f"of line {batch.records[0][0]}")
 
 
-def test_a_fault_of_ours_is_raised_with_its_place(encoder: Encoder) -> None:
-    with crew(Wrong(encoder, Limits(50)), 2) as workers, pytest.raises(RuntimeError, match="of line 1") as caught:
+def test_a_fault_of_ours_is_raised_with_its_place() -> None:
+    with crew(Wrong(Letters(), Limits(50)), 2) as workers, pytest.raises(RuntimeError, match="of line 1") as caught:
         list(workers.work(iter([batch({"text": "x"})])))
     assert "in __call__" in caught.value.__notes__[0]
 
 
 KILLED = """
-import sys, time
-from pathlib import Path
-from tests.trainer.test_data_crew import batch
-from transformers import AutoTokenizer
+import time
+from tests.trainer.test_data_crew import WORKER, batch
 from tuneward_trainer.data.crew import crew
-from tuneward_trainer.data.encode import Encoder
-from tuneward_trainer.data.samples import Limits, Worker
 
 if __name__ == "__main__":
-    encoder = Encoder(AutoTokenizer.from_pretrained(sys.argv[1]), "Assistant")
-    with crew(Worker(encoder, Limits(50)), 2) as workers:
+    with crew(WORKER, 2) as workers:
         for _ in workers.work(batch({"text": "x"}) for _ in range(10**9)):
             print(*(member.id for member in workers.members), flush=True)
             time.sleep(1000)
 """
 
 
-def test_no_process_outlives_one_that_is_killed(tmp_path: Path, smollm2: Path) -> None:
+def test_no_process_outlives_one_that_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    command = [sys.executable, str(script), str(smollm2)]
+    command = [sys.executable, str(script)]
     quiet = subprocess.DEVNULL  # a tracker of resources tells of the death
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=quiet, text=True, env=environment, cwd=root) as process:
         assert process.stdout is not None
