@@ -10,10 +10,11 @@ import pytest
 from tests.trainer.templates import CHATS, NAMES, TOOLS, refusal, templated
 
 from tuneward_trainer.data import calls, formats
-from tuneward_trainer.data.encode import Encoder, chat_template
+from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.files import parse
 from tuneward_trainer.data.messages import tools_of
 from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.templates import Held, chat_template
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def test_arguments_reach_a_template_as_an_object_and_the_result_as_its_text(plai
     )
     sample = formats.read(rich(), "Messages")
     assert isinstance(sample, formats.Chat)
-    render = chat_template(own)
+    render = chat_template(Held(own))
     assert render is not None
     given = sample.messages[1]["tool_calls"][0]["function"]
     assert given == {"name": "weather", "arguments": RICH}

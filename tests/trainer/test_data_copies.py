@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jinja2
 import pytest
 from tests.trainer.templates import FOLDER
 
-from tuneward_trainer.data.copies import copies_only, unasked
+from tuneward_trainer.data.copies import copies_only, environment, unasked
 
 AROUND = "{%% for m in messages %%}<{{ m.role }}>%s{%% endfor %%}"
 COPIES = [
@@ -18,6 +17,7 @@ COPIES = [
     "{% set text = m.content %}{% if text is string and text %}{{ text }}{% endif %}",
     "{% if m.role in ['user', 'system'] and loop.index0 % 2 == 0 %}{{ m.content or '' }}{% endif %}",
     "{% if tools %}{{ tools | tojson }}{% endif %}{{ m.content }}",
+    "{% generation %}{{ m.content }}{% endgeneration %}",
 ]
 ASKS = [
     "{{ m.content if m.content != 'x' }}",
@@ -38,6 +38,7 @@ READS = [
     "{% if m.content in 'xyz' %}{% endif %}",
     "{{ 'xyz'.startswith(m.content) }}",
     "{{ 'a' in m.content in 'xyz' }}",
+    "{% set ns = namespace(_a=1) %}{{ ns._a }}",
     "{% if m.content | tojson == 'x' %}{% endif %}",
     "{% macro f(x) %}{{ x }}{% endmacro %}{{ f(m.content) }}",
     "{% set x %}{{ m.content }}{% endset %}",
@@ -47,7 +48,7 @@ READS = [
 
 
 def rendered(part: str) -> str | None:
-    template = jinja2.Environment().from_string(AROUND % part)
+    template = environment().from_string(AROUND % part)
     messages = [{"role": "user", "content": "One"}, {"role": "assistant", "content": "Two"}]
 
     def render(given: Any) -> str:

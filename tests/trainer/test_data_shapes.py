@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from typing import Any
 
 import pytest
 from tests.trainer.templates import NAMES, templated
 
-from tuneward_trainer.data import encode, formats, shapes
+from tuneward_trainer.data import encode, formats, shapes, templates
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.shapes import Shape, Shapes, minded
@@ -83,6 +84,27 @@ def test_a_row_of_roles_is_rendered_and_its_conversations_are_not(plain: Any, mo
     del rendered[:]
     encoder.encode([formats.Chat(turns[: 2 * count], [0, 1] * count) for count in (40, 1, 9, 16, 20)])
     assert rendered == []
+
+
+def test_another_process_reads_the_tokenizer_for_what_is_not_plain_only(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[bytes] = []
+    real = templates.Held.__call__
+
+    def noting(held: templates.Held) -> Any:
+        read.append(held._pickled)
+        return real(held)
+
+    here = Encoder(templated(plain, "qwen2_5"), "Assistant")
+    there = pickle.loads(pickle.dumps(here))
+    monkeypatch.setattr(templates.Held, "__call__", noting)
+    turns = [{"role": role, "content": f"text {index}"} for index in range(40) for role in ("user", "assistant")]
+    chats: list[formats.Sample] = [formats.Chat(turns[: 2 * count], [0, 1] * count) for count in (1, 40)]
+    chats += [formats.Text("a"), formats.PromptCompletion("a", "b")]
+    assert there.encode(chats) == here.encode(chats)
+    assert not read
+    spaced: list[formats.Sample] = [formats.PromptCompletion(" a", "b")]
+    assert there.encode(spaced) == here.encode(spaced)
+    assert read[0]
 
 
 def test_a_row_of_roles_that_never_comes_again_is_proved_a_few_times_only() -> None:

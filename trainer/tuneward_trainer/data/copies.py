@@ -10,10 +10,15 @@ row of roles, was chosen by nothing that a text holds.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from typing import Any, Final
 
 from jinja2 import Environment, TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 _HARMLESS: Final = (
     nodes.Template,
@@ -51,10 +56,46 @@ _METHODS: Final = {"strip", "trim", "startswith", "endswith", "split", "lstrip",
 _TESTS: Final = {"defined", "undefined", "none", "string", "true", "false", "mapping", "boolean", "iterable", "sequence"}
 
 
+class _Generation(Extension):
+    """What transformers lets a template mark as generated is ordinary text."""
+
+    def __init__(self, environment: Environment) -> None:
+        super().__init__(environment)
+        self.tags = {"generation"}
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def environment() -> Environment:
+    """What transformers compiles chat templates in (utils/chat_template_utils.py), for those that only copy: to import it
+    takes a second."""
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = _json
+    made.globals["raise_exception"] = _refuse
+    made.globals["strftime_now"] = _now
+    return made
+
+
+def _json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def copies_only(source: str) -> bool:
     """Whether a template's code is made of harmless parts."""
     try:
-        parsed = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(source)
+        parsed = environment().parse(source)
     except TemplateError:
         return False
     written = {id(part) for output in parsed.find_all(nodes.Output) for one in output.nodes for part in _added(one)}
@@ -87,6 +128,10 @@ def _harmless(node: nodes.Node) -> bool:
         return not within or (len(node.ops) == 1 and _is_asked(node.expr, within[0].expr))
     if isinstance(node, nodes.Test):
         return node.name in _TESTS
+    if isinstance(node, (nodes.Getattr, nodes.NSRef)):
+        return not node.attr.startswith("_")
+    if isinstance(node, nodes.Keyword):
+        return not node.key.startswith("_")
     return isinstance(node, _HARMLESS)
 
 

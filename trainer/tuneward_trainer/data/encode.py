@@ -13,13 +13,12 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
-from jinja2 import TemplateError
-
 from tuneward_trainer.data.formats import Sample
 from tuneward_trainer.data.marks import Marks, Place, Tails
 from tuneward_trainer.data.problems import SampleError
-from tuneward_trainer.data.render import LossOn, Rendered, Renderer, Template
-from tuneward_trainer.data.shapes import Messages, Quick, Span
+from tuneward_trainer.data.render import LossOn, Rendered, Renderer
+from tuneward_trainer.data.shapes import Span
+from tuneward_trainer.data.templates import Held, chat_template, quick_template
 
 Offsets: TypeAlias = list[tuple[int, int]]
 
@@ -73,75 +72,32 @@ class _NeedsApartError(Exception):
     """A token reaches across the end of a prompt, or nothing ends a turn in the middle."""
 
 
-def chat_template(tokenizer: Any) -> Template | None:
-    """The model's own, or None where it has none."""
-    if not tokenizer.chat_template:
-        return None
-
-    def render(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompt, tokenize=False))
-
-    def render_parts(messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, prompt: bool) -> str:
-        parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
-        return render(parts, tools, prompt)
-
-    return render_parts if _reads_parts_only(render, render_parts) else render
-
-
-def quick_template(tokenizer: Any) -> Quick | None:
-    """The compiled template without what `apply_chat_template` does to every message before: nothing to plain turns, but
-    it takes ten times as long. Who uses it proves that both agree. None where transformers has it under another name."""
-    try:
-        from transformers.utils.chat_template_utils import _compile_jinja_template
-    except ImportError:
-        return None
-    if not isinstance(tokenizer.chat_template, str) or not tokenizer.chat_template:
-        return None
-    compiled, variables = _compile_jinja_template(tokenizer.chat_template), tokenizer.special_tokens_map
-
-    def render(messages: Messages, prompt: bool) -> str | None:
-        given = {**variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt}
-        try:
-            return str(compiled.render(given))
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError):
-            return None
-
-    return render
-
-
-def _reads_parts_only(render: Template, render_parts: Template) -> bool:
-    """Whether a template, as some of models that see, renders a list of parts and nothing of a plain text."""
-    probe = [{"role": "user", "content": "Tuneward"}]
-    found = []
-    for way in (render, render_parts):
-        try:
-            found.append("Tuneward" in way(probe, None, False))
-        except (TemplateError, TypeError, KeyError, ValueError, AttributeError):
-            found.append(False)
-    return found == [False, True]
-
-
 class Encoder:
     """A tokenizer and its chat template. `stops` are ids at which generation ends, beside the tokenizer's own eos."""
 
     def __init__(self, tokenizer: Any, loss_on: LossOn, stops: Sequence[int] = ()) -> None:
-        self._tokenizer = tokenizer
-        self._made_of = (tokenizer, loss_on, tuple(stops))
-        template = chat_template(tokenizer)
-        self._renderer = Renderer(template, loss_on, quick_template(tokenizer), str(tokenizer.chat_template or ""))
+        held = Held(tokenizer)
+        source = str(tokenizer.chat_template or "")
+        self._renderer = Renderer(chat_template(held), loss_on, quick_template(held), source)
         self._eos: int | None = tokenizer.eos_token_id
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stops = set(stops) | ({self._eos} - {None})
-        self._tails = Tails(lambda text: self._plain([text])[0].ids)
         first = tokenizer("").input_ids[:1]
         self._lead: list[int] = [first[0]] if first and first[0] == tokenizer.bos_token_id else []
+        # The call above has told it to cut nothing and to pad nothing.
+        self._backend = tokenizer.backend_tokenizer
+        self._tails = Tails(self._alone)
         # Tokenizers of the SentencePiece kind put a space before whatever they encode: parts cannot be joined.
-        self._joins = tokenizer.decode([*self._plain(["x"])[0].ids, *self._plain(["y"])[0].ids]) == "xy"
+        self._joins = tokenizer.decode([*self._alone("x"), *self._alone("y")]) == "xy"
         self._marks = Marks.of(tokenizer, self._stops, self._tails) if self._joins else None
 
-    def __reduce__(self) -> tuple[type[Encoder], tuple[Any, LossOn, Sequence[int]]]:
-        """Another process makes its own."""
-        return Encoder, self._made_of
+    def __getstate__(self) -> tuple[dict[str, Any], bool]:
+        """What is proved before it goes to other processes need not be proved in each."""
+        self._renderer.foresee()
+        return self.__dict__, self._backend.encode_special_tokens
+
+    def __setstate__(self, state: tuple[dict[str, Any], bool]) -> None:
+        self.__dict__, self._backend.encode_special_tokens = state[0], state[1]
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """One entry for each sample: its documents, or what is wrong with it."""
@@ -187,8 +143,7 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         """The same ids as `_plain` gives, without offsets."""
-        backend = self._tokenizer.backend_tokenizer
-        return [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+        return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def _encode_all(self, texts: list[Rendered]) -> list[_Tokens]:
         """All texts, part by part, in one call of the tokenizer, which spreads it over the cores."""
@@ -201,17 +156,11 @@ class Encoder:
         ]
 
     def _plain(self, texts: list[str]) -> list[_Tokens]:
-        if not texts:
-            return []
-        found = self._tokenizer(
-            texts,
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [_Tokens(ids, offsets, {}) for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+        found = self._backend.encode_batch(texts, add_special_tokens=False) if texts else []
+        return [_Tokens(one.ids, one.offsets, {}) for one in found]
+
+    def _alone(self, text: str) -> list[int]:
+        return self._plain([text])[0].ids
 
     def _weigh(self, text: Rendered, tokens: _Found) -> Encoded:
         """Weights from spans; a stop token at the end of each turn; nothing after the last learnt token."""
@@ -244,7 +193,7 @@ class Encoder:
         if begins and self._encodes_alone(text, tokens, start, index):
             return index
         # Some tokenizers leave spaces out of their offsets: only the encoding of the prompt tells.
-        prompt = (self._lead if text.raw else []) + self._plain([text.text[:start]])[0].ids
+        prompt = (self._lead if text.raw else []) + self._alone(text.text[:start])
         if tokens.ids[: len(prompt)] == prompt:
             return len(prompt)
         if self._joins:

@@ -61,6 +61,11 @@ class Renderer:
         self._loss_on = loss_on
         self._shapes = Shapes(quick, self._prove, source) if template is not None and quick is not None else None
 
+    def foresee(self) -> None:
+        """Proves what most conversations are like, before any is seen."""
+        if self._shapes is not None:
+            self._shapes.foresee()
+
     def render(self, sample: Sample) -> list[Rendered]:
         """One or several texts. Raises SampleError."""
         if isinstance(sample, Text):

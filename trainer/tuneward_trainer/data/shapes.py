@@ -28,6 +28,8 @@ _KNOWN: Final = 4096
 """Rows of roles that are remembered."""
 _ROW: Final = 32
 """Turns of the longest row that is proved."""
+_FORESEEN: Final = 64
+"""Turns of the longest row that is looked at before any comes."""
 _TRIED: Final = 16
 """Proofs that are paid in advance; each further one must have been of use to four conversations."""
 _TAG: Final = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
@@ -138,6 +140,13 @@ class Shapes:
                 return None
         self._uses += 1
         return whole, spans
+
+    def foresee(self) -> None:
+        """Rows of user and assistant by turns, with and without a system's before."""
+        for before in ((), ("system",)):
+            for count in range(1, _FORESEEN // 2 + 1):
+                if self._shape((*before, *("user", "assistant") * count)) is None:
+                    break
 
     def _copied(self, text: str) -> bool:
         """Whether nothing suggests that a template does more with the text than copy it: many trim, some read marks."""
