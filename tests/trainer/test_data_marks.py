@@ -6,6 +6,7 @@ import random
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 from tests.trainer.templates import templated
 from tests.trainer.test_data_shapes import conversation
@@ -13,9 +14,11 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from tuneward_trainer.data import formats
 from tuneward_trainer.data.encode import Encoder
-from tuneward_trainer.data.marks import Marks, Place, Tails
+from tuneward_trainer.data.marks import Marks, Tails
+from tuneward_trainer.data.plans import Place
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import Rendered
+from tuneward_trainer.data.shapes import Frame
 
 END = "<|im_end|>"
 WORDS = ["Hi", " there", "\n", END, "<|im_", "|>", "日本", " ", "<|endoftext|>", "e\u0301", "don't", "   ", "<|im_start|>"]
@@ -41,7 +44,7 @@ def test_places_by_marks_are_those_by_offsets(plain: Any, name: str, monkeypatch
 
 
 ADDED = {1: "<|s|>", 2: "<|e|>", 3: "<|x|>"}
-LETTERS = {"a": 10, "b": 11, "c": 12, "d": 13, "ab": 20}
+LETTERS = {"a": 10, "b": 11, "c": 12, "d": 13, " ": 14, "<": 15, "|": 16, ">": 17, "ab": 20}
 
 
 def letters(text: str) -> list[int]:
@@ -67,6 +70,44 @@ def letters(text: str) -> list[int]:
 def test_places(text: str, span: tuple[int, int], ids: list[int], expected: list[Place] | None) -> None:
     marks = Marks(ADDED, {2}, {1, 2, 3}, Tails(letters))
     assert marks.places(Rendered(text, (span,)), ids) == expected
+
+
+def tokens(text: str) -> list[int]:
+    """Cut at the added tokens first."""
+    ids = {token: number for number, token in ADDED.items()}
+    parts = [part for part in re.split(r"(<\|[sex]\|>)", text) if part]
+    return [number for part in parts for number in ([ids[part]] if part in ids else letters(part))]
+
+
+@pytest.mark.parametrize(
+    ("around", "learnt", "texts", "told"),
+    [
+        (("<|s|>", "<|e|>"), [(0, 0, 5)], ["a"], True),
+        (("<|s|>c", "<|e|><|s|>d", "<|e|>"), [(1, 1, 5)], ["ab", "ba"], True),
+        (("<|s|>c", "<|e|> <|x|>d<|s|>d", "<|e|><|x|>"), [(0, 0, 11), (1, 6, 10)], ["a", "d"], True),
+        (("<|s|>c", "<|e|>dd<|s|>", "<|x|><|x|>"), [(0, 0, 6), (1, 0, 10)], ["a", "d"], True),
+        (("<|s|>c", "<|x|><|e|><|e|><|x|><|s|>", ""), [(0, 0, 20)], ["a", "d"], False),
+        (("<|s|>c", "<|x|><|e|><|e|><|x|>"), [(0, 0, 20)], ["a"], True),
+        (("<|s|>a", "<|e|>"), [(0, 0, 5)], ["b"], False),
+        (("<|s|>", "<|e|>"), [(0, 0, 5)], ["a<|x|>b"], False),
+        (("c<|", "<|e|>"), [(0, 0, 5)], ["s|>a"], False),
+        (("<|s|>", "|>c<|e|>"), [(0, 0, 8)], ["a<|x"], False),
+        (("c", "<|e|>"), [(0, 0, 5)], ["a"], False),
+        (("<|s|>", "d<|e|>", "<|e|>"), [(0, 0, 1), (1, 0, 5)], ["a", "a"], True),
+    ],
+)
+def test_a_plan_tells_what_the_text_tells(
+    around: tuple[str, ...], learnt: list[tuple[int, int, int]], texts: list[str], told: bool
+) -> None:
+    marks = Marks(ADDED, {2}, {1, 2, 3}, Tails(letters))
+    frame = Frame(around, tuple(learnt))
+    text, spans = frame.rendered(texts), frame.spans(texts)
+    ids = tokens(text)
+    expected = marks.places(Rendered(text, spans), ids)
+    assert marks.places(Rendered(text, spans, frame=frame), ids) == expected
+    plan = marks._plan(frame)
+    found = plan.places(np.asarray(ids, np.int32), np.flatnonzero(np.isin(ids, list(ADDED)))) if plan else None
+    assert found == (expected if told else None)
 
 
 class _Wrapped:

@@ -145,7 +145,7 @@ def test_a_row_goes_on_in_pairs_once_it_has_settled() -> None:
     longer = shape.continued(9).beginning(9)
     assert longer == Shape([*around[:7], "/U", "A", "/"], {2: (1, 1), 4: (1, 1), 6: (1, 1), 8: (1, 1)}, foretold=True)
     texts = list("susususus")
-    assert longer.rendered(texts)[slice(*longer.spans(texts, [8])[0])] == "As/"
+    assert longer.rendered(texts)[slice(*longer.frame([8]).spans(texts)[0])] == "As/"
 
 
 def test_marks_that_a_template_minds() -> None:

@@ -14,7 +14,8 @@ from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 from tuneward_trainer.data.formats import Sample
-from tuneward_trainer.data.marks import Marks, Place, Tails
+from tuneward_trainer.data.marks import Marks, Tails
+from tuneward_trainer.data.plans import Place
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, Rendered, Renderer
 from tuneward_trainer.data.shapes import Span

@@ -21,25 +21,14 @@ from typing import Any, Final, Self
 
 import numpy as np
 
+from tuneward_trainer.data.plans import Added, Place, Plan, planned
 from tuneward_trainer.data.render import Rendered
+from tuneward_trainer.data.shapes import Frame
 
 _TAILS: Final = 4096
 """Texts behind an added token whose tokens are remembered."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Indices among the tokens of a span that is learnt: of its first token, of the first one behind it, and of the one
-    behind what ends the turn, None if nothing does."""
-
-    first: int
-    last: int
-    stop: int | None
-
-    def behind(self, count: int) -> Place:
-        """With as many tokens before the text; a span from the first token on has them too."""
-        stop = self.stop + count if self.stop is not None else None
-        return Place(self.first + count if self.first else 0, self.last + count, stop)
+_PLANS: Final = 4096
+"""Frames whose plans are remembered."""
 
 
 class Tails:
@@ -71,6 +60,7 @@ class Marks:
         self._pattern = re.compile("|".join(map(re.escape, sorted(self._ids, key=len, reverse=True))))
         self._is_added = np.zeros(max(added) + 2, np.bool_)  # the last entry stands for all ids behind it
         self._is_added[list(added)] = True
+        self._plans: dict[Frame, Plan | None] = {}
 
     @classmethod
     def of(cls, tokenizer: Any, stops: set[int], tails: Tails) -> Self | None:
@@ -90,6 +80,9 @@ class Marks:
             return None
         numbers = np.frombuffer(array("i", ids), np.int32)
         indices = np.flatnonzero(self._is_added.take(numbers, mode="clip"))
+        plan = self._plan(text.frame) if text.frame is not None else None
+        if plan is not None and (planned := plan.places(numbers, indices)):
+            return planned
         matches = list(self._pattern.finditer(text.text))
         if numbers[indices].tolist() != [self._ids[match[0]] for match in matches]:
             return None
@@ -102,6 +95,13 @@ class Marks:
                 return None
             places.append(Place(first, last, self._stop(marked, first, end)))
         return places
+
+    def _plan(self, frame: Frame) -> Plan | None:
+        if frame not in self._plans:
+            if len(self._plans) == _PLANS:
+                self._plans.clear()
+            self._plans[frame] = planned(frame, Added(self._pattern, self._ids, self._stops, self._special), self._tails)
+        return self._plans[frame]
 
     def _stop(self, marked: _Marked, first: int, end: int) -> int | None:
         """Index behind the token that ends the turn: among the special tokens at the end, with what space the template puts

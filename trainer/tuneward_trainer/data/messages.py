@@ -31,6 +31,8 @@ def read_messages(value: Any, path: str, read: Callable[[Any, str], Weighed] | N
     """`read` reads one entry. Raises SampleError with what is wrong with each."""
     if not isinstance(value, list) or not value:
         raise SampleError(path, f"is {show(value)}", "a list of at least one message")
+    if read is None and (plain := _plain(value)) is not None:
+        return plain
     messages, errors = [], []
     for index, message in enumerate(value):
         try:
@@ -46,8 +48,6 @@ def read_message(value: Any, path: str) -> Weighed:
     """A message without nulls (which tables write for absent fields) and its weight. Raises SampleError."""
     if not isinstance(value, dict):
         raise SampleError(path, f"is {show(value)}", "an object with role and content")
-    if _is_plain(value):
-        return dict(value), int(value["role"] == "assistant")
     for key in value:
         if key not in FIELDS and value[key] is not None:
             raise SampleError(f"{path}.{key}", "is a field that no template reads", ", ".join(FIELDS))
@@ -70,16 +70,21 @@ def read_message(value: Any, path: str) -> Weighed:
     return message, weight
 
 
-def _is_plain(value: dict[str, Any]) -> bool:
-    """Whether it is what most messages are, of which nothing below is to be said: a role and a text that is not blank."""
-    content = value.get("content")
-    if len(value) != 2 or type(content) is not str or value.get("role") not in ROLES or not content or content.isspace():
-        return False
+def _plain(messages: list[Any]) -> list[Weighed] | None:
+    """What most conversations are, of which nothing is to be said: roles and texts that are not blank; or None."""
+    found = []
+    for message in messages:
+        if not isinstance(message, dict) or len(message) != 2:
+            return None
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES or not isinstance(content, str) or not content or content.isspace():
+            return None
+        found.append((message, int(role == "assistant")))
     try:
-        content.encode()
+        "".join([message["content"] for message, _ in found]).encode()
     except UnicodeEncodeError:
-        return False
-    return True
+        return None
+    return found
 
 
 def _weight(value: dict[str, Any], path: str, role: str) -> int:

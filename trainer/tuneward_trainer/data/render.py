@@ -17,7 +17,7 @@ from jinja2 import TemplateError
 from tuneward_trainer.data.calls import dropped, marked, stands
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
 from tuneward_trainer.data.problems import SampleError, show
-from tuneward_trainer.data.shapes import Quick, Shapes, Span
+from tuneward_trainer.data.shapes import Frame, Quick, Shapes, Span
 
 LossOn: TypeAlias = Literal["Assistant", "LastAssistant", "All"]
 
@@ -33,7 +33,7 @@ class Rendered:
     """`spans`: the parts of `text`, in characters, that are learnt; `turns` says whether a stop token ends each.
 
     `parts`: places where the encoding is cut, as at inference the prompt is encoded alone. `raw`: a text without
-    template, which gets the tokenizer's own first token.
+    template, which gets the tokenizer's own first token. `frame`: what of it is the same for other texts, if that is known.
     """
 
     text: str
@@ -41,6 +41,7 @@ class Rendered:
     turns: bool = True
     parts: tuple[int, ...] = ()
     raw: bool = False
+    frame: Frame | None = None
 
 
 Template: TypeAlias = Callable[[list[dict[str, Any]], list[dict[str, Any]] | None, bool], str]
@@ -109,7 +110,10 @@ class Renderer:
         if self._shapes is None or chat.tools or learnt[0] == 0:
             return None
         found = self._shapes.find(chat.messages[: learnt[-1] + 1], learnt)
-        return Rendered(*found) if found else None
+        if found is None:
+            return None
+        text, frame, spans = found
+        return Rendered(text, spans, frame=frame)
 
     def _prove(self, messages: list[dict[str, Any]]) -> tuple[str, dict[int, Span]] | None:
         """The text and the spans of all its assistant turns, where the template only appends."""

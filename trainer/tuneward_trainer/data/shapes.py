@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Final, TypeAlias
 
 from tuneward_trainer.data.copies import copies_only, unasked
@@ -90,18 +91,35 @@ class Shape:
 
     def rendered(self, texts: Sequence[str]) -> str:
         """What the template makes of them if it does no more than copy."""
-        return "".join(part for pair in zip(self.around, [*texts, ""], strict=True) for part in pair)
+        return _woven(self.around, texts)
 
-    def spans(self, texts: Sequence[str], turns: Sequence[int]) -> tuple[Span, ...]:
-        """Where the learnt `turns` stand in `rendered(texts)`."""
-        found, place, wanted = [], 0, set(turns)
-        for index, text in enumerate(texts):
-            place += len(self.around[index])
-            if index in wanted:
-                before, after = self.learnt[index]
-                found.append((place - before, place + len(text) + after))
-            place += len(text)
-        return tuple(found)
+    def frame(self, turns: Sequence[int]) -> Frame:
+        """With the learnt `turns`."""
+        return Frame(tuple(self.around), tuple((turn, *self.learnt[turn]) for turn in turns))
+
+
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """What stands around texts, whatever they are: `around` has one more than there are texts. `learnt`: (turn, characters
+    before its text that are learnt with it, and behind it), in order."""
+
+    around: tuple[str, ...]
+    learnt: tuple[tuple[int, int, int], ...]
+
+    def rendered(self, texts: Sequence[str]) -> str:
+        """All of it, with the texts in their places."""
+        return _woven(self.around, texts)
+
+    def spans(self, texts: Sequence[str]) -> tuple[Span, ...]:
+        """Where the learnt turns stand in `rendered(texts)`."""
+        ends = list(accumulate([len(part) + len(text) for part, text in zip(self.around, texts, strict=False)]))
+        return tuple([(ends[turn] - len(texts[turn]) - before, ends[turn] + after) for turn, before, after in self.learnt])
+
+
+def _woven(around: Sequence[str], texts: Sequence[str]) -> str:
+    parts = [""] * (len(around) + len(texts))
+    parts[::2], parts[1::2] = around, texts
+    return "".join(parts)
 
 
 class Shapes:
@@ -121,25 +139,38 @@ class Shapes:
         self._copies_only = copies_only(source)
         self._known: dict[Roles, Shape | None] = {}
         self._proved: dict[Roles, Shape] = {}
+        self._frames: dict[tuple[Roles, tuple[int, ...]], Frame] = {}
         self._proofs = self._uses = 0
 
-    def find(self, messages: Messages, turns: Sequence[int]) -> tuple[str, tuple[Span, ...]] | None:
-        """The text of `messages`, of which the last is learnt, and the spans of the learnt `turns`; or None."""
-        texts = [message["content"] for message in messages]
-        if not all(message.keys() == _PLAIN and self._copied(message["content"]) for message in messages):
+    def find(self, messages: Messages, turns: Sequence[int]) -> tuple[str, Frame, tuple[Span, ...]] | None:
+        """The text of `messages`, of which the last is learnt, with the spans of the learnt `turns`; or None."""
+        if not all(message.keys() == _PLAIN for message in messages):
             return None
-        shape = self._shape(tuple(message["role"] for message in messages))
+        texts = [message["content"] for message in messages]
+        if not self._copied(texts):
+            return None
+        roles = tuple([message["role"] for message in messages])
+        shape = self._shape(roles)
         if shape is None:
             return None
-        whole = shape.rendered(texts)
-        spans = shape.spans(texts, turns)
+        frame = self._frame(roles, shape, tuple(turns))
+        whole, spans = frame.rendered(texts), frame.spans(texts)
         if not shape.copied:
             if self._render(messages, False) != whole:
                 return None
             if shape.foretold and self._render(messages[:-1], True) != whole[: spans[-1][0]]:
                 return None
         self._uses += 1
-        return whole, spans
+        return whole, frame, spans
+
+    def _frame(self, roles: Roles, shape: Shape, turns: tuple[int, ...]) -> Frame:
+        """The same one for the same turns."""
+        found = self._frames.get((roles, turns))
+        if found is None:
+            if len(self._frames) == _KNOWN:
+                self._frames.clear()
+            found = self._frames[roles, turns] = shape.frame(turns)
+        return found
 
     def foresee(self) -> None:
         """Rows of user and assistant by turns, with and without a system's before."""
@@ -148,11 +179,13 @@ class Shapes:
                 if self._shape((*before, *("user", "assistant") * count)) is None:
                     break
 
-    def _copied(self, text: str) -> bool:
-        """Whether nothing suggests that a template does more with the text than copy it: many trim, some read marks."""
-        return (
-            text != "" and text == text.strip() and not (_MARK.search(text) and any(mark in text for mark in self._minded))
-        )
+    def _copied(self, texts: list[str]) -> bool:
+        """Whether nothing suggests that a template does more with the texts than copy them: many trim, some read marks."""
+        if not all(text and not text[0].isspace() and not text[-1].isspace() for text in texts):
+            return False
+        # No mark reaches from one text into the next.
+        together = "\0".join(texts)
+        return not (_MARK.search(together) and any(mark in together for mark in self._minded))
 
     def _shape(self, roles: Roles) -> Shape | None:
         if roles not in self._known:
@@ -175,7 +208,7 @@ class Shapes:
         whole = shape.rendered(texts)
         if unasked(lambda given: self._render(given, False), messages) != whole:
             return False
-        ((start, _),) = shape.spans(texts, [len(roles) - 1])
+        ((start, _),) = shape.frame([len(roles) - 1]).spans(texts)
         return not shape.foretold or unasked(lambda given: self._render(given, True), messages[:-1]) == whole[:start]
 
     def _beginning(self, roles: Roles) -> Shape | None:
