@@ -4,11 +4,14 @@
     python benchmarks/trainer_gpu.py --model DIR --no-trl
 
 Prints the card, versions, and for each contestant tokens a second (wall clock, the device waited for), MFU by the data
-sheet's peak, and the memory that torch has reserved. Each contestant is a process of its own. TRL gets packing (bfd), bf16,
-no gradient checkpointing, and Flash Attention where the package `flash_attn` is installed; without it documents of a packed
-row see each other, and the line says that it was not there. TRL with Liger's kernels is a third contestant where the package
-`liger_kernel` is installed. Ours has its layers compiled, as in a training. Below stand figures that others published, with
-their source. Not run on a GPU yet: none was at hand.
+sheet's peak of bf16, whatever a contestant multiplies, and the memory of the measured steps: the most that torch had in use
+and had reserved. Each contestant is a process of its own; of one that fails the line says so, and the others go on.
+
+Ours has its layers compiled, as in a training. Twice more its frozen weights are fp8 (tuneward_trainer.fp8): ours-fp8
+unpacks them for the gradient, ours-fp8-quick has that product in fp8 too. TRL gets packing (bfd), bf16, no gradient
+checkpointing, and Flash Attention where it is installed; the line says which attention it was. TRL with Liger's kernels is a
+contestant where the package `liger_kernel` is installed. Below stand figures that others published, with their source. Not
+run on a GPU yet: none was at hand.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -29,17 +32,19 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
-from contestant import LEARNT, RANK, engine_on
+from contestant import LEARNT, RANK, adapted, engine_on
+from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from tuneward_api.estimate import Data, flops_per_token
 from tuneward_api.shape import Shape
-from tuneward_trainer import compiled, patches
+from tuneward_trainer import compiled, fp8, patches
 from tuneward_trainer.batch import collate, padded, total_weight
 from tuneward_trainer.data.documents import Document
+from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.memory import statistics
 from tuneward_trainer.mfu import peak_of
-from tuneward_trainer.model import load_base
+from tuneward_trainer.model import computed_in, load_base, load_to_share
 from tuneward_trainer.packing import bins
 
 PUBLISHED: Final[tuple[dict[str, Any], ...]] = (
@@ -76,9 +81,22 @@ def documents(options: argparse.Namespace, vocabulary: int, seed: int) -> Texts:
     return made
 
 
+def ours(options: argparse.Namespace, device: torch.device) -> AbstractContextManager[Step]:
+    return _ours(engine_on(adapted(load_base(options.model, device))), options, device)
+
+
+def ours_fp8(options: argparse.Namespace, device: torch.device, *, quick: bool = False) -> AbstractContextManager[Step]:
+    if not fp8.supported(device):
+        raise SystemExit(f"{torch.cuda.get_device_name(device)} multiplies no fp8: that takes Ada, Hopper or later")
+    # From the host's memory: the device never holds the plain weights.
+    dtype = computed_in(device)
+    model = adapted(load_to_share(options.model, dtype, weights=dtype))
+    fp8.pack(model, device, quick=quick)
+    return _ours(engine_on(model.to(device)), options, device)
+
+
 @contextmanager
-def ours(options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
-    engine = engine_on(load_base(options.model, device))
+def _ours(engine: Engine, options: argparse.Namespace, device: torch.device) -> Iterator[Step]:
     quick = compiled.asked(device.type)
     with patches.applied(engine.model, (*patches.ALL, patches.COMPILED) if quick else patches.ALL) as forward:
 
@@ -100,11 +118,11 @@ def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = Fals
     from transformers.integrations.liger import apply_liger_kernel
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    attention = "flash_attention_2" if importlib.util.find_spec("flash_attn") and device.type == "cuda" else "sdpa"
+    attention = trl_attention(device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=attention)
     arguments = SFTConfig(
-        output_dir=tempfile.mkdtemp(), packing=True, max_length=options.row, per_device_train_batch_size=1,
+        output_dir=tempfile.gettempdir(), packing=True, max_length=options.row, per_device_train_batch_size=1,
         gradient_checkpointing=False, bf16=device.type == "cuda", use_cpu=device.type == "cpu", report_to="none",
         learning_rate=1e-5, disable_tqdm=True, use_liger_kernel=liger,
     )  # fmt: skip
@@ -118,7 +136,8 @@ def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = Fals
     if liger:  # as Trainer.train would
         apply_liger_kernel(trainer.model, trainer.args.liger_kernel_config)
     trainer.create_optimizer()
-    trainer.model.train()
+    # As Trainer.train does: it is what makes bf16 of the adapters' products, which are float32 otherwise.
+    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
 
     def step(texts: Texts) -> None:
         labels = [np.where(text.weights > 0, text.ids, -100).tolist() for text in texts]
@@ -127,23 +146,36 @@ def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = Fals
         trainer.current_gradient_accumulation_steps = len(packed)
         targets = torch.tensor(sum(int((text.weights > 0).sum()) for text in texts), device=device)
         for row in packed:
-            trainer.training_step(trainer.model, trainer.data_collator([row]), num_items_in_batch=targets)
-        torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
+            trainer.training_step(model, trainer.data_collator([row]), num_items_in_batch=targets)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
     yield step
 
 
-CONTESTANTS: Final = {"ours": ours, "trl": trl, "trl-liger": partial(trl, liger=True)}
+def trl_attention(device: torch.device) -> str:
+    """The fastest that transformers finds installed. SDPA keeps the documents of a row apart by a mask."""
+    if device.type == "cuda" and is_flash_attn_3_available():
+        return "flash_attention_3"
+    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+
+
+CONTESTANTS: Final[dict[str, Callable[[argparse.Namespace, torch.device], AbstractContextManager[Step]]]] = {
+    "ours": ours,
+    "ours-fp8": ours_fp8,
+    "ours-fp8-quick": partial(ours_fp8, quick=True),
+    "trl": trl,
+    "trl-liger": partial(trl, liger=True),
+}
 
 
 def contestants(options: argparse.Namespace) -> list[str]:
     """Those that can run here: liger's kernels are for GPUs."""
-    if options.no_trl:
-        return ["ours"]
-    liger = options.device == "cuda" and importlib.util.find_spec("liger_kernel") is not None
-    return ["ours", "trl", *(["trl-liger"] if liger else [])]
+    without = {"trl", "trl-liger"} if options.no_trl else set()
+    if options.device != "cuda" or importlib.util.find_spec("liger_kernel") is None:
+        without.add("trl-liger")
+    return [name for name in CONTESTANTS if name not in without]
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -153,8 +185,12 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     spent, tokens, lengths = 0.0, 0, []
     with CONTESTANTS[name](options, device) as step:
         for index in range(options.warmup + options.steps):
-            texts = documents(options, int(config["vocab_size"]), index)
+            texts = documents(options, int(config.get("text_config", config)["vocab_size"]), index)
             _wait(device)
+            if index == options.warmup and device.type == "cuda":
+                # Neither what loading took nor what compilers tried.
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
             began = time.perf_counter()
             step(texts)
             _wait(device)
@@ -172,8 +208,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "tokensPerSecond": tokens / spent,
         "mfu": needed / peak if peak else None,
-        "reservedBytes": torch.cuda.max_memory_reserved() if device.type == "cuda" else None,
-        "flashAttention": importlib.util.find_spec("flash_attn") is not None,
+        "usedBytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "reservedBytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
+        "attention": trl_attention(device) if name.startswith("trl") else "torch's varlen_attn",
     }
 
 
@@ -200,12 +237,15 @@ def main() -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("torch sees no GPU here; run it on a machine with one")
         return 1
+    failed = False
     for name in contestants(options):
-        done = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=True)
-        print(done.stdout.splitlines()[-1], flush=True)
+        done = subprocess.run([sys.executable, *sys.argv, "--only", name], stdout=subprocess.PIPE, text=True, check=False)
+        failed = failed or done.returncode != 0
+        line = json.dumps({"contestant": name, "failed": f"exit code {done.returncode}; what it says stands above"})
+        print(line if done.returncode else done.stdout.splitlines()[-1], flush=True)
     for figure in PUBLISHED:
         print(json.dumps({"published": True, **figure}))
-    return 0
+    return int(failed)
 
 
 if __name__ == "__main__":

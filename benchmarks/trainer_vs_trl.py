@@ -37,7 +37,7 @@ from typing import Any, Final
 import numpy as np
 import torch
 import transformers
-from contestant import LEARNT, RANK, engine_on
+from contestant import LEARNT, RANK, adapted, engine_on
 from numpy.typing import NDArray
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, PreTrainedTokenizerFast
@@ -125,7 +125,7 @@ def model_folder(case: Case, scratch: Path) -> Path:
 
 @contextmanager
 def ours(folder: Path) -> Iterator[Step]:
-    engine = engine_on(touched(load_base(folder, torch.device("cpu"))))
+    engine = engine_on(adapted(touched(load_base(folder, torch.device("cpu")))))
     with patches.applied(engine.model) as forward:
 
         def step(texts: list[Text]) -> float:

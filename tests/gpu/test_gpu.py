@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from tests.trainer.jobs import DEADLINE, TARGETS, Job, make_job, make_model, tin
 from torch import Tensor
 
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import patches, probe
+from tuneward_trainer import fp8, patches, probe
 from tuneward_trainer.batch import Batch, collate
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.distributed import Gang
@@ -125,6 +126,30 @@ def test_compiled_layers_are_right_on_this_gpu(tmp_path: Path, monkeypatch: pyte
     session = begin(job.plan, Gang(0, 1, GPU), Stop(), Reporter(None, 0))
     assert probe.usable(session) == names
     assert session.row_length == 48
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_packed_weights_give_on_this_gpu_what_they_give_on_a_cpu(quick: bool) -> None:
+    if not fp8.supported(GPU):
+        pytest.skip(f"{torch.cuda.get_device_name(GPU)} multiplies no fp8: that takes Ada, Hopper or later")
+    torch.manual_seed(0)
+    # Numbers that bf16 can hold, so that both pack the same ones.
+    plain = torch.nn.Linear(256, 512, dtype=torch.bfloat16)
+    x, gradient = torch.randn(40, 256).bfloat16(), torch.randn(40, 512).bfloat16()
+    # Of a token whose loss is not counted.
+    gradient[3] = 0
+    found = []
+    for device, dtype in ((torch.device("cpu"), torch.float32), (GPU, torch.bfloat16)):
+        layer = fp8.Linear(copy.deepcopy(plain).to(dtype), device, quick=quick).to(device)
+        inputs = x.to(device, dtype).requires_grad_()
+        out = layer(inputs)
+        out.backward(gradient.to(device, dtype))
+        assert inputs.grad is not None
+        assert not inputs.grad[3].any()
+        found.append([one.float().cpu() for one in (fp8.unpacked(layer), out.detach(), inputs.grad)])
+    assert torch.equal(found[0][0], found[1][0])
+    for one, other in zip(*found, strict=True):
+        assert float((one - other).norm() / other.norm()) < 0.02
 
 
 def worker(job: Job) -> None:

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuneward_trainer import compiled, nf4
+from tuneward_trainer import compiled, fp8, nf4
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.model import instance_forward, plain
@@ -318,12 +318,14 @@ def _lora_linears(base: nn.Module) -> Iterator[None]:
 
 
 def fits_lora_linear(module: Any) -> bool:
-    """Plain LoRA on a Linear, whose weight is a matrix or packed as NF4, no dropout. Everything else keeps PEFT's own
+    """Plain LoRA on a Linear, whose weight is a matrix or packed as NF4 or fp8, no dropout. Everything else keeps PEFT's own
     forward pass."""
     return (
         # The second one is there where PEFT found bitsandbytes.
         type(module) in (lora.Linear, getattr(lora, "Linear4bit", lora.Linear))
-        and (type(module.base_layer) is nn.Linear or nf4.is_packed(module.base_layer))
+        and (
+            type(module.base_layer) is nn.Linear or nf4.is_packed(module.base_layer) or type(module.base_layer) is fp8.Linear
+        )
         and not module.base_layer.weight.requires_grad
         and not module.lora_variant
         and not module.fan_in_fan_out
@@ -368,10 +370,22 @@ def _weight(base: nn.Linear) -> Tensor:
     return nf4.unpacked(base) if nf4.is_packed(base) else base.weight
 
 
+def _product(flat: Tensor, base: nn.Linear) -> Tensor:
+    """x W' + b: [T, I] -> [T, O]."""
+    if isinstance(base, fp8.Linear):
+        return fp8.product(flat, base)
+    return nn.functional.linear(flat, _weight(base), base.bias)
+
+
+def _product_back(rows: Tensor, base: nn.Linear) -> Tensor:
+    """dY W: [T, O] -> [T, I]."""
+    return fp8.product_back(rows, base) if isinstance(base, fp8.Linear) else rows @ _weight(base)
+
+
 def _with_lora(flat: Tensor, a: Tensor, b: Tensor, base: nn.Linear, scale: float) -> tuple[Tensor, Tensor]:
     """[T, I] -> the result [T, O], and x A' [T, r], which the backward pass needs."""
     down = flat @ a.to(flat.dtype).T
-    out = nn.functional.linear(flat, _weight(base), base.bias)
+    out = _product(flat, base)
     return out.addmm_(down, b.to(flat.dtype).T, alpha=scale), down
 
 
@@ -380,7 +394,7 @@ def _lora_gradients(
 ) -> tuple[Any, Tensor, Tensor]:
     """Gradient of the result [T, O] -> gradients of x [T, I] (None unless asked for), A and B."""
     up = (rows @ b.to(rows.dtype)).mul_(scale)
-    back = (rows @ _weight(base)).addmm_(up, a.to(rows.dtype)) if to_x else None
+    back = _product_back(rows, base).addmm_(up, a.to(rows.dtype)) if to_x else None
     return back, (up.T @ flat).to(a.dtype), (rows.T @ down).mul_(scale).to(b.dtype)
 
 
