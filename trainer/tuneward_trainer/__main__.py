@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
 from tuneward_api import names
+from tuneward_api.files import FetchReport, FinishReport, PrepareReport
+from tuneward_api.finetunejob import RunPolicy
+from tuneward_trainer.supervise import supervised
 
 
 def parser() -> argparse.ArgumentParser:
@@ -112,6 +118,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[parsed.command](parsed)
 
 
+WATCHED: dict[str, type[PrepareReport | FetchReport | FinishReport]] = {
+    "prepare": PrepareReport,
+    "fetch": FetchReport,
+    "finish": FinishReport,
+}
+
+
+def process() -> int:
+    """The whole of a process: some commands are done by a child of it, so that it can end them."""
+    parsed = parser().parse_args()
+    work = partial(COMMANDS[parsed.command], parsed)
+    report = WATCHED.get(parsed.command)
+    if report is None:
+        return work()
+    return supervised(parsed.command, work, report, _policy(parsed.plan if parsed.command == "finish" else parsed.request))
+
+
+def _policy(file: Path) -> RunPolicy | None:
+    """Of a request or a plan; None where it cannot be read, which the command itself says better."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        body = json.loads(file.read_bytes())
+        return RunPolicy.model_validate(body.get("request", body)["spec"]["runPolicy"])
+    return None
+
+
 def _leave(number: int, _frame: FrameType | None) -> None:
     """Unwinds, so that locks are given back; `train` puts its own handler in this one's place."""
     sys.exit(128 + number)
@@ -119,4 +150,4 @@ def _leave(number: int, _frame: FrameType | None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _leave)
-    sys.exit(main())
+    sys.exit(process())

@@ -19,6 +19,7 @@ from typing import Final
 
 from tuneward_api import manifest
 from tuneward_trainer.report import EndError, input_missing, try_again
+from tuneward_trainer.supervise import tell
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +94,12 @@ def _saying(repository: str, folder: Path, total: int) -> Iterator[None]:
     log.info("fetching hf://%s: %.2f GB", repository, total / 1e9)
 
     def say() -> None:
+        before = 0
         while not stop.wait(_SAY_EVERY):
             done = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            if done != before:
+                tell()
+            before = done
             rate = done / (time.monotonic() - start)
             log.info("fetched %.2f of %.2f GB, %.1f MB/s", done / 1e9, total / 1e9, rate / 1e6)
 

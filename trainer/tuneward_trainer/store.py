@@ -15,6 +15,7 @@ from typing import Final
 
 from tuneward_api import names
 from tuneward_trainer.report import input_missing, not_writable, try_again
+from tuneward_trainer.supervise import tell
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,7 @@ def _take(lock: Path, token: str) -> None:
             content = _content(lock)
         if content != seen:
             seen, since = content, time.monotonic()
+            tell()
         if time.monotonic() - since > STALE_SECONDS:
             log.info("the owner of %s is gone; going on", lock)
             _break(lock, content)
