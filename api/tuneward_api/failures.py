@@ -84,6 +84,16 @@ def classify(*, exit_code: int | None, reason: str | None = None, message: str |
     return _by_exit_code(exit_code, message)
 
 
+def hang(*, step: int, seconds: int) -> Failure:
+    """Of a gang whose leader answers, and has said the same step for so long."""
+    return Failure(
+        failure_class=FailureClass.HANG,
+        reason=Reason.HANG,
+        sentence=f"no step for {seconds} s after step {step}, though the leader answers; raise "
+        "spec.runPolicy.hangTimeoutSeconds if a step may take so long",
+    )
+
+
 def with_values(failure: Failure, resolved: Resolved | None, *, limit: int | str | None) -> Failure:
     """A worker that was killed for memory left no word: which values would do comes from the estimate and its `limit`."""
     if resolved is None or resolved.estimate is None or KILLED_FOR_MEMORY not in failure.sentence:

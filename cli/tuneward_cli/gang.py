@@ -24,11 +24,19 @@ from pydantic import ValidationError
 
 from tuneward_api import names
 from tuneward_api.failures import Failure, classify
-from tuneward_api.files import Result
+from tuneward_api.files import Progress, Result
 from tuneward_cli.process import environment
 from tuneward_cli.words import Seen
 
 _POLL: Final = 0.5
+
+
+class HangError(Exception):
+    """No step for too long, though the launcher answers."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(step)
+        self.step = step
 
 
 @dataclass
@@ -78,18 +86,24 @@ class Gang:
         self.process.wait()
         self.client.close()
 
-    def progress(self) -> Seen | None:
+    def progress(self) -> Progress | None:
         """None while it does not answer."""
         try:
             answer = self.client.get("/progress")
-            return Seen.of(answer.raise_for_status().json())
+            return Progress.model_validate_json(answer.raise_for_status().content)
         except (httpx.HTTPError, ValueError):
             return None
 
-    def watch(self, seen: Callable[[Seen | None], None]) -> tuple[int, Result | None]:
-        """Until it has ended: exit code and what it reported."""
+    def watch(self, seen: Callable[[Seen | None], None], *, hang_seconds: int) -> tuple[int, Result | None]:
+        """Until it has ended: exit code and what it reported. Raises HangError."""
+        last, since = Progress(), time.monotonic()
         while (code := self.process.poll()) is None:
-            seen(self.progress())
+            found = self.progress()
+            seen(Seen.of(found.to_json()) if found is not None else None)
+            if found is None or found.phase != "Training" or found.step != last.step:
+                last, since = found or last, time.monotonic()
+            elif time.monotonic() - since >= hang_seconds:
+                raise HangError(found.step)
             time.sleep(_POLL)
         return code, self.result()
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 from tuneward_api import curves, names
 from tuneward_api.conditions import FailureClass, Phase
-from tuneward_api.failures import Failure
+from tuneward_api.failures import Failure, hang
 from tuneward_api.files import FinishReport, Plan, Result
-from tuneward_api.finetunejob import FineTuneJob
+from tuneward_api.finetunejob import FineTuneJob, RunPolicy
 from tuneward_api.names import ExitCode
 from tuneward_cli import workstation
 from tuneward_cli.documents import load_valid, the_job
 from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import Finished
-from tuneward_cli.gang import Gang, failure_of
+from tuneward_cli.gang import Gang, HangError, failure_of
 from tuneward_cli.voice import Bar, Voice
 from tuneward_cli.words import Seen, accuracy_line, losses_line, phase_line, progress_line, score_line
 from tuneward_cli.workstation import Place
@@ -66,7 +66,9 @@ def train(options: Options, voice: Voice) -> int:
 def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice, extra: Mapping[str, str]) -> None:
     """Gangs, one after the other, until one succeeds or a budget is spent. A gang restarts whole."""
     name, left, spent = str(job.metadata["name"]), workstation.budget(job.spec.run_policy), Counter[FailureClass]()
-    while (failure := _attempt(place, plan, name, voice, extra)) is not None:
+    policy = job.spec.run_policy or RunPolicy()
+    patience = policy.hang_timeout_seconds or names.DEFAULT_HANG_SECONDS
+    while (failure := _attempt(place, plan, name, voice, extra, patience)) is not None:
         kind = failure.failure_class
         spent[kind] += 1
         if spent[kind] > left[kind]:
@@ -80,16 +82,18 @@ def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice, extra: M
         time.sleep(min(30.0, 2.0 ** (spent[kind] - 1)))
 
 
-def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[str, str]) -> Failure | None:
+def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[str, str], patience: int) -> Failure | None:
     """One gang, from start to end; None when it succeeded."""
     gang = Gang.start(plan=place.plan, run=place.run, extra={**workstation.mounts(place, plan), **extra})
     try:
         with voice.bar(name) as bar:
-            code, result = gang.watch(lambda seen: _show(bar, name, seen))
+            code, result = gang.watch(lambda seen: _show(bar, name, seen), hang_seconds=patience)
             if result is not None and result.step > bar.seen.step:
                 _show(bar, name, ended(bar.seen, result))
         for tracker in result.trackers if result is not None else ():
             voice.line(f"  {tracker.name}: {tracker.message or tracker.url}")
+    except HangError as error:
+        return hang(step=error.step, seconds=patience)
     except KeyboardInterrupt:
         voice.line("… stopping: a checkpoint is being saved (Ctrl-C again gives up on it)")
         raise

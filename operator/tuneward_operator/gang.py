@@ -8,7 +8,7 @@ from datetime import datetime
 from typing import Final
 
 from tuneward_api.conditions import FailureClass, Phase, Reason
-from tuneward_api.failures import Failure, classify
+from tuneward_api.failures import Failure, classify, hang
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_api.names import DEFAULT_HANG_SECONDS
 from tuneward_operator import waiting
@@ -70,12 +70,7 @@ def _hang(leader: Worker | None, policy: RunPolicy) -> Failure | None:
     seconds = policy.hang_timeout_seconds or DEFAULT_HANG_SECONDS
     if heard is None or heard.progress.phase != "Training" or (heard.at - heard.moved_at).total_seconds() < seconds:
         return None
-    return Failure(
-        failure_class=FailureClass.HANG,
-        reason=Reason.HANG,
-        sentence=f"no step for {seconds} s after step {heard.progress.step}, though the leader answers "
-        "(spec.runPolicy.hangTimeoutSeconds)",
-    )
+    return hang(step=heard.progress.step, seconds=seconds)
 
 
 def _telling(worker: Worker, replicas: int) -> tuple[int, Failure]:
