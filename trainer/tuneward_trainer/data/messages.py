@@ -12,6 +12,7 @@ Weighed: TypeAlias = tuple[dict[str, Any], int]
 """A message as the chat template gets it, and its weight: 1 learns it, 0 does not."""
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
+_ROLES: Final = frozenset(ROLES)
 FIELDS: Final = (
     "role",
     "content",
@@ -72,19 +73,16 @@ def read_message(value: Any, path: str) -> Weighed:
 
 def _plain(messages: list[Any]) -> list[Weighed] | None:
     """What most conversations are, of which nothing is to be said: roles and texts that are not blank; or None."""
-    found = []
-    for message in messages:
-        if not isinstance(message, dict) or len(message) != 2:
-            return None
-        role, content = message.get("role"), message.get("content")
-        if role not in ROLES or not isinstance(content, str) or not content or content.isspace():
-            return None
-        found.append((message, int(role == "assistant")))
     try:
-        "".join([message["content"] for message, _ in found]).encode()
-    except UnicodeEncodeError:
+        roles = [message["role"] for message in messages if len(message) == 2]
+        texts = [message["content"] for message in messages]
+        "".join(texts).encode()
+        known = set(roles) <= _ROLES
+    except (TypeError, KeyError, UnicodeEncodeError):
         return None
-    return found
+    if not known or len(roles) < len(texts) or [text for text in texts if not text or text.isspace()]:
+        return None
+    return [(message, int(role == "assistant")) for message, role in zip(messages, roles, strict=True)]
 
 
 def _weight(value: dict[str, Any], path: str, role: str) -> int:

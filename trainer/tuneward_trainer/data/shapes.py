@@ -24,7 +24,8 @@ Span: TypeAlias = tuple[int, int]
 Quick: TypeAlias = Callable[[Messages, bool], str | None]
 """(messages, whether an answer is asked for) -> text, or None where the template refuses."""
 Roles: TypeAlias = tuple[str, ...]
-_PLAIN: Final = {"role", "content"}
+_PLAIN: Final = ("role", "content")
+"""What every message has."""
 _KNOWN: Final = 4096
 """Rows of roles that are remembered."""
 _ROW: Final = 32
@@ -144,10 +145,8 @@ class Shapes:
 
     def find(self, messages: Messages, turns: Sequence[int]) -> tuple[str, Frame, tuple[Span, ...]] | None:
         """The text of `messages`, of which the last is learnt, with the spans of the learnt `turns`; or None."""
-        if not all(message.keys() == _PLAIN for message in messages):
-            return None
-        texts = [message["content"] for message in messages]
-        if not self._copied(texts):
+        texts = [message["content"] for message in messages if len(message) == len(_PLAIN)]
+        if len(texts) < len(messages) or not self._copied(texts):
             return None
         roles = tuple([message["role"] for message in messages])
         shape = self._shape(roles)
@@ -181,7 +180,7 @@ class Shapes:
 
     def _copied(self, texts: list[str]) -> bool:
         """Whether nothing suggests that a template does more with the texts than copy them: many trim, some read marks."""
-        if not all(text and not text[0].isspace() and not text[-1].isspace() for text in texts):
+        if "" in texts or [text for text in texts if text.strip() != text]:
             return False
         # No mark reaches from one text into the next.
         together = "\0".join(texts)
