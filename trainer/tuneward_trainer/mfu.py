@@ -29,8 +29,8 @@ it gives with sparsity). The first that fits counts: the variants differ."""
 
 def peak_of(device_name: str) -> float | None:
     """Dense bf16 operations a second; None for a GPU that the table does not know."""
-    # A slice (MIG) is named after its card and is less than it.
-    if " MIG " in f" {device_name} ":
+    # A slice (MIG) is named after its card and is less than it, and so is the H200 that is a PCIe card.
+    if any(f" {less} " in f"{device_name} " for less in ("MIG", "H200 NVL")):
         return None
     # A whole word: GH200 is no H200.
     return next((peak * _TERA for name, peak, _ in PEAKS if f" {name}" in device_name), None)
