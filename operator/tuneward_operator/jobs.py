@@ -12,7 +12,8 @@ from tuneward_api.names import LABEL_JOB_UID, LABEL_SERVER
 from tuneward_operator import build, inputs
 from tuneward_operator import status as texts
 from tuneward_operator.app import App
-from tuneward_operator.decide import Decision, Step, decide
+from tuneward_operator.decide import decide
+from tuneward_operator.decision import Decision, Step
 from tuneward_operator.events import post_event
 from tuneward_operator.kube import CONFIGMAPS, FINETUNEDMODELS, FINETUNEJOBS, JOBS, RESOURCES, ApiError, Object
 from tuneward_operator.observe import Seen, observe

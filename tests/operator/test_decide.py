@@ -32,7 +32,8 @@ from tuneward_api.finetunedmodel import FineTunedModelSpec
 from tuneward_api.finetunejob import FineTuneJobStatus
 from tuneward_api.resolved import ResolvedEstimate
 from tuneward_operator import build, waiting
-from tuneward_operator.decide import Decision, Step, decide
+from tuneward_operator.decide import decide
+from tuneward_operator.decision import Decision, Step
 from tuneward_operator.observe import Seen
 
 
