@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,7 +73,8 @@ def test_crd_names() -> None:
 def test_the_contract_loads_pydantic_and_yaml_only(module: str) -> None:
     heavy = ["torch", "transformers", "peft", "kopf", "kubernetes", "aiohttp", "httpx", "rich", "numpy"]
     code = f"import sys, {module}; print([name for name in {heavy!r} if name in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.strip() == "[]"
 
 
 class TestManifest:
@@ -111,7 +113,7 @@ class TestManifest:
     ) -> None:
         folder = self.folder(tmp_path)
         synced: list[Path] = []
-        monkeypatch.setattr(manifest.os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
+        monkeypatch.setattr(os, "fsync", lambda handle: synced.append(Path(f"/proc/self/fd/{handle}").readlink()))
         manifest.write_manifest(folder)
         files = {path for path in folder.rglob("*") if path.is_file() and path.name != manifest.MANIFEST}
         written = next(at for at, path in enumerate(synced) if manifest.MANIFEST in path.name)

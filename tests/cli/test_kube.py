@@ -52,8 +52,8 @@ def test_a_kind_that_the_cluster_lacks(kube: Kube) -> None:
 
 
 def test_an_object_of_that_name_is_no_error(kube: Kube) -> None:
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}}
-    pod["spec"] = {"containers": [{"name": "c", "image": "none"}]}  # type: ignore[assignment]
+    spec = {"containers": [{"name": "c", "image": "none"}]}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "p"}, "spec": spec}
     assert kube.create(PODS, pod) is not None
     assert kube.create(PODS, pod) is None
 

@@ -368,7 +368,7 @@ def test_without_its_plan_a_job_is_prepared_again() -> None:
 
 
 @pytest.mark.parametrize(("spec", "phase"), [({"suspend": True}, Phase.SUSPENDED), ({"cancel": True}, Phase.CANCELLING)])
-def test_a_stop_is_counted_before_the_job_is_deleted(spec: dict[str, bool], phase: Phase) -> None:
+def test_a_stop_is_counted_before_the_job_is_deleted(spec: dict[str, Any], phase: Phase) -> None:
     picture = accepted(owner(**spec), status={"phase": "Running"}, gang=gang(worker()))
     first = decided(picture)
     assert (first.status.phase, first.status.launches, first.delete, first.wake) == (phase, 1, (), 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -74,7 +75,7 @@ async def test_failures_in_a_row_double_the_wait_of_that_key_alone(monkeypatch: 
 
 async def test_a_stuck_queue_is_noticed_and_an_idle_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(queues.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     queue = KeyedQueue()
     clock[0] += 1000
     assert queue.stuck_for() == 0
