@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tests.support.process import killed_after
 
 
 def chats(count: int) -> str:
@@ -85,7 +86,7 @@ class Station:
         os.close(its)
         shown = b""
         # Reading from a terminal whose other end is closed is an error on Linux.
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError), killed_after(500, process):
             while piece := os.read(ours, 65536):
                 shown += piece
         os.close(ours)

@@ -23,6 +23,7 @@ from typing import Any
 import httpx
 from tests.support.api import Object, checked, client, path
 from tests.support.cluster import BIN, BINARY, ROOT, SANDBOX, Cluster
+from tests.support.process import bounded, killed_after
 from tests.support.wait import wait_for
 
 NOBODY = 65534
@@ -103,10 +104,11 @@ class Machine:
         self.started.append(process)
         assert process.stdout is not None
         said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("ready "):
-                return self.server_pid()
+        with killed_after(180, process):
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("ready "):
+                    return self.server_pid()
         raise AssertionError(f"the cluster did not start: {''.join(said)}{self.log_tail()}")
 
     def server_pid(self) -> int:
@@ -234,11 +236,8 @@ class Namespace:
         """A kubectl that runs on (logs -f, port-forward) until the end of the block."""
         kubeconfig = str(self.machine.cluster.kubeconfig)
         command = [str(BINARY), "kubectl", "--kubeconfig", kubeconfig, "-n", self.name, *arguments]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-            try:
-                yield process
-            finally:
-                process.terminate()
+        with bounded(subprocess.Popen(command, stdout=subprocess.PIPE, text=True)) as process:
+            yield process
 
     @cached_property
     def api(self) -> httpx.Client:

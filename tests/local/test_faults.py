@@ -226,7 +226,7 @@ def test_an_image_is_a_directory_where_one_is_named(flagged: Namespace) -> None:
 def tiny_root(root: Path) -> Path:
     """A root directory with nothing but a shell and the libraries it needs."""
     shell = Path("/bin/sh").resolve()
-    listed = subprocess.run(["ldd", str(shell)], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ldd", str(shell)], capture_output=True, text=True, check=True, timeout=60).stdout
     for path in [*(word for word in listed.split() if word.startswith("/")), "/bin/sh"]:
         (root / path[1:]).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, root / path[1:])

@@ -14,7 +14,9 @@ def sourced(root: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """The result of sourcing `root`'s goenv.sh and printing GO and its version."""
     script = 'set -euo pipefail; . ./goenv.sh; echo "$GO"; "$GO" version'
     own = {"HOME": os.environ["HOME"], **environment}
-    return subprocess.run(["bash", "-c", script], cwd=root / "local", env=own, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        ["bash", "-c", script], cwd=root / "local", env=own, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 def old_go(folder: Path) -> Path:

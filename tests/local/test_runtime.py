@@ -62,7 +62,11 @@ print(plain, [refused(*one) for one in asked], os.path.exists("/dev/kmsg"))
 
 def test_the_sandbox_is_as_strict_as_an_ordinary_container() -> None:
     done = subprocess.run(
-        [sys.executable, str(SANDBOX), sys.executable, "-c", ASKS], capture_output=True, text=True, check=True
+        [sys.executable, str(SANDBOX), sys.executable, "-c", ASKS],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
     assert done.stdout == f"False {[True] * 5} {os.geteuid() != 0 and Path('/dev/kmsg').exists()}\n"
 

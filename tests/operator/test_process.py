@@ -24,7 +24,7 @@ for module in pkgutil.iter_modules(tuneward_operator.__path__, "tuneward_operato
         __import__(module.name)
 print(sorted({"torch", "transformers", "peft", "numpy"} & set(sys.modules)))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "[]\n"
 
 

@@ -100,7 +100,7 @@ def test_an_operator_killed_at_every_write_doubles_and_loses_nothing(world: Worl
         status = world.wait_phase("Succeeded", timeout=120)
     finally:
         stop.set()
-        thread.join()
+        thread.join(60)
         assassin.close()
         api.close()
     assert sorted(assassin.created) == [

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.operator.world import World, running
+from tests.support.process import bounded
 from tests.support.wait import wait_for
 
 from tuneward_operator import sweep
@@ -90,13 +91,14 @@ def test_the_next_gang_waits_for_a_pod_that_is_still_ending(world: World) -> Non
     world.prepare_done()
     (pod,) = world.pods_of("bot-a1")
     name = pod["metadata"]["name"]
-    node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": f"node-{world.namespace}"}}
-    assert world.api.post("/api/v1/nodes", json=node).is_success
+    node = f"node-{world.namespace}"
+    made = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": node}}
+    assert world.api.post("/api/v1/nodes", json=made).is_success
     binding = {
         "apiVersion": "v1",
         "kind": "Binding",
         "metadata": {"name": name},
-        "target": {"kind": "Node", "name": node["metadata"]["name"]},
+        "target": {"kind": "Node", "name": node},
     }
     assert world.api.post(world.path("Pod", name, "binding"), json=binding).is_success
     world.leader(pod, attempt=1, step=10)
@@ -110,7 +112,7 @@ def test_the_next_gang_waits_for_a_pod_that_is_still_ending(world: World) -> Non
     assert world.find("Job", "bot-a2") is None
     world.delete("Pod", name, now=True)
     world.pods_of("bot-a2")
-    world.api.delete(f"/api/v1/nodes/{node['metadata']['name']}")
+    world.api.delete(f"/api/v1/nodes/{node}")
 
 
 def test_the_process_starts_by_its_module_answers_and_ends_by_sigterm(world: World, tmp_path: Path) -> None:
@@ -122,7 +124,7 @@ def test_the_process_starts_by_its_module_answers_and_ends_by_sigterm(world: Wor
         *("--health-host", "127.0.0.1", "--health-port", str(port)),
     ]
     environment = {**os.environ, "KUBECONFIG": str(world.operators.cluster.kubeconfig)}
-    with log.open("w") as file, subprocess.Popen(command, stderr=file, env=environment) as process:
+    with log.open("w") as file, bounded(subprocess.Popen(command, stderr=file, env=environment)) as process:
         world.submit()
         world.wait("Job", "bot-prepare")
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
@@ -140,9 +142,8 @@ def test_deleting_a_running_job_leaves_no_orphan(world: World) -> None:
     world.submit()
     running(world)
     world.delete("FineTuneJob", "bot")
-    for kind in ("Job", "Pod", "Service"):
-        wait_for(lambda kind=kind: not world.list(kind, "tuneward.dev/job=bot"), what=f"the {kind}s to go")
-    wait_for(lambda: not world.list("ConfigMap", "tuneward.dev/job=bot"), what="the ConfigMaps to go")
+    kinds = ("Job", "Pod", "Service", "ConfigMap")
+    wait_for(lambda: not any(world.list(kind, "tuneward.dev/job=bot") for kind in kinds), what="its objects to go")
     assert world.find("PersistentVolumeClaim", "tuneward-store") is not None
 
 

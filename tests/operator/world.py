@@ -13,16 +13,18 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import httpx
 from tests.support.api import Object, checked, merge, path
 from tests.support.cluster import Cluster
+from tests.support.process import killed_after
 from tests.support.wait import wait_for
 
 from tuneward_api.names import API_VERSION, TRAINER_PORT
 
 DIGEST = "sha256:" + "ab" * 32
+Objects: TypeAlias = list[Object]
 
 
 def now() -> str:
@@ -54,7 +56,8 @@ class Operators:
         log = self.folder / f"operator-{self._started:03}.log"
         self._zygote.stdin.write(json.dumps([arguments, str(log)]) + "\n")
         self._zygote.stdin.flush()
-        pid = int(self._zygote.stdout.readline())
+        with killed_after(60, self._zygote):
+            pid = int(self._zygote.stdout.readline())
         self._own.append(pid)
         return pid
 
@@ -117,8 +120,8 @@ class World:
     def get(self, kind: str, name: str) -> Object:
         return checked(self.api.get(self.path(kind, name)))
 
-    def list(self, kind: str, selector: str = "") -> list[Object]:
-        items: list[Object] = checked(self.api.get(self.path(kind), params={"labelSelector": selector}))["items"]
+    def list(self, kind: str, selector: str = "") -> Objects:
+        items: Objects = checked(self.api.get(self.path(kind), params={"labelSelector": selector}))["items"]
         return items
 
     def patch(self, kind: str, name: str, body: Object, *, subresource: str = "", manager: str = "somebody") -> Object:
@@ -216,10 +219,10 @@ class World:
 
     # The kubelet's part
 
-    def pods_of(self, job: str, count: int = 1) -> list[Object]:
+    def pods_of(self, job: str, count: int = 1) -> Objects:
         """Living pods of a Job, by index; waits until there are `count`."""
 
-        def enough() -> list[Object] | None:
+        def enough() -> Objects | None:
             pods = self.list("Pod", f"batch.kubernetes.io/job-name={job}")
             living = [pod for pod in pods if "deletionTimestamp" not in pod["metadata"]]
             return living if len(living) >= count else None

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support.api import checked, client, path
+from tests.support.process import killed_after
 from tests.support.wait import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,12 +80,13 @@ def running_cluster(*flags: str) -> Iterator[Cluster]:
     try:
         assert process.stdout is not None
         said = []
-        for line in process.stdout:
-            said.append(line)
-            if line.startswith("ready "):
-                break
-        else:
-            raise AssertionError(f"the cluster did not start: {''.join(said)}")
+        with killed_after(180, process):
+            for line in process.stdout:
+                said.append(line)
+                if line.startswith("ready "):
+                    break
+            else:
+                raise AssertionError(f"the cluster did not start: {''.join(said)}")
         yield Cluster(data=data, kubeconfig=data / "kubeconfig")
     finally:
         process.send_signal(signal.SIGTERM)

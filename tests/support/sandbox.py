@@ -84,7 +84,7 @@ def small_dev() -> None:
     call("unshare", CLONE_NEWNS)
 
     def mount(*arguments: str) -> None:
-        subprocess.run(["mount", *arguments], check=True)
+        subprocess.run(["mount", *arguments], check=True, timeout=60)
 
     mount("--make-rprivate", "/")
     mount("--rbind", "/dev", "/mnt")
@@ -98,7 +98,7 @@ def small_dev() -> None:
         mount("--rbind" if name in FOLDERS else "--bind", f"/mnt/{name}", str(place))
     for name, target in LINKS.items():
         (Path("/dev") / name).symlink_to(target)
-    subprocess.run(["umount", "-l", "/mnt"], check=True)
+    subprocess.run(["umount", "-l", "/mnt"], check=True, timeout=60)
 
 
 def main(command: list[str]) -> None:

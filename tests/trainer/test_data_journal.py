@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.support.wait import wait_for
 from tests.trainer.rooms import chats, write
 from transformers import AutoTokenizer
 
@@ -66,7 +67,12 @@ def test_what_was_killed_goes_on_and_gives_the_same_bytes(
     if child == 0:
         build.build(tmp_path / "killed", **given)
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    try:
+        ended = wait_for(lambda: found if (found := os.waitpid(child, os.WNOHANG))[0] else None, what="the child's end")
+    except AssertionError:
+        os.kill(child, signal.SIGKILL)
+        raise
+    assert ended[1] == signal.SIGKILL
     assert (tmp_path / "killed" / journal.JOURNAL).exists() == (killed_at > 1)
     assert build.build(tmp_path / "killed", **given) == whole
     assert len(made) == 13 - (killed_at - 1)

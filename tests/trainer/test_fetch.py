@@ -93,7 +93,7 @@ def hub(smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     yield held
     server.shutdown()
     server.server_close()
-    thread.join()
+    thread.join(60)
 
 
 @pytest.fixture

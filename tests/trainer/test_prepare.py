@@ -375,11 +375,11 @@ def test_one_process_at_a_time_in_a_folder(tmp_path: Path) -> None:
             time.sleep(0.05)
             order.append(name)
 
-    threads = [threading.Thread(target=work, args=(name,)) for name in "abc"]
+    threads = [threading.Thread(target=work, args=(name,), daemon=True) for name in "abc"]
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert order[0::2] == order[1::2]
     assert list((tmp_path / "models").iterdir()) == []
 

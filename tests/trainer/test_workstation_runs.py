@@ -34,7 +34,7 @@ def talks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the example's script writes, a few conversations of it."""
     folder = tmp_path_factory.mktemp("chitchat")
     command = [sys.executable, str(EXAMPLE / "make.py"), str(folder), "--conversations", "30", "--held-out", "5"]
-    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    said = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout
     assert said == f"{folder}/training.jsonl: 30 conversations\n{folder}/validation.jsonl: 5 conversations\n"
     return folder
 

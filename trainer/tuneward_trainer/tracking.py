@@ -66,7 +66,9 @@ def _ended(process: subprocess.Popen[bytes], deadline: float) -> bool:
     # Also where it has ended: wandb leaves a service behind.
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    # One that waits for a device does not even end by this, and must not keep the launcher.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(1)
     return not late
 
 
