@@ -94,6 +94,15 @@ def test_a_report_asks_for_the_plan_and_then_launches() -> None:
     assert truth(decision, "Accepted") == ("True", "Validated")
 
 
+@pytest.mark.parametrize(("spent", "phase", "reason"), [(0, "Recovering", "Restarting"), (3, "Failed", "RetriesExhausted")])
+def test_a_prepare_that_stood_still_is_tried_again_as_a_hang(spent: int, phase: str, reason: str) -> None:
+    hung = classify(exit_code=75, reason="Hang", message="prepare stood still for 1800 s and was ended")
+    status = FineTuneJobStatus(accepted_at="2026-11-25T11:00:00Z", retries={"Hang": spent} if spent else None)
+    decision = decided(seen(status=status, prepare=helper("prepare", failure=hung)))
+    assert (decision.status.phase, str(decision.reason)) == (phase, reason)
+    assert str(decision.status.message).startswith(hung.sentence)
+
+
 def test_a_failed_prepare_is_counted_once_then_taken_away_then_made_again() -> None:
     failed = helper("prepare", failure=classify(exit_code=137))
     first = decided(seen(prepare=failed))
