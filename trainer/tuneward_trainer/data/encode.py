@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Final, Protocol, TypeAlias
 
 from tuneward_trainer.data.formats import Sample
 from tuneward_trainer.data.marks import Marks, Tails
@@ -22,6 +22,8 @@ from tuneward_trainer.data.shapes import Span
 from tuneward_trainer.data.templates import Held, chat_template, quick_template
 
 Offsets: TypeAlias = list[tuple[int, int]]
+_WORDS: Final = 100_000
+"""Words whose tokens a process remembers: some 20 MB."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,9 @@ class Encoder:
 
     def __setstate__(self, state: tuple[dict[str, Any], bool]) -> None:
         self.__dict__, self._backend.encode_special_tokens = state[0], state[1]
+        # This process is for much data and the tokenizer its own: of what people write, 10,000 words are soon full.
+        if (resize := getattr(self._backend.model, "_resize_cache", None)) is not None:
+            resize(_WORDS)
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """One entry for each sample: its documents, or what is wrong with it."""
