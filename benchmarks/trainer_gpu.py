@@ -113,12 +113,14 @@ def _ours(engine: Engine, options: argparse.Namespace, device: torch.device) -> 
 
 @contextmanager
 def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = False) -> Iterator[Step]:
+    import datasets
     from datasets import Dataset
     from peft import LoraConfig
     from transformers.integrations.liger import apply_liger_kernel
     from trl import SFTConfig, SFTTrainer, pack_dataset
 
-    attention = trl_attention(device)
+    datasets.disable_progress_bars()
+    attention = attention_of("trl", device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = transformers.AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation=attention)
     arguments = SFTConfig(
@@ -154,11 +156,15 @@ def trl(options: argparse.Namespace, device: torch.device, *, liger: bool = Fals
     yield step
 
 
-def trl_attention(device: torch.device) -> str:
-    """The fastest that transformers finds installed. SDPA keeps the documents of a row apart by a mask."""
-    if device.type == "cuda" and is_flash_attn_3_available():
+def attention_of(name: str, device: torch.device) -> str:
+    """Of TRL the fastest that transformers finds installed. SDPA keeps the documents of a row apart by a mask."""
+    if device.type != "cuda":
+        return "sdpa"
+    if not name.startswith("trl"):
+        return "varlen_attn"
+    if is_flash_attn_3_available():
         return "flash_attention_3"
-    return "flash_attention_2" if device.type == "cuda" and is_flash_attn_2_available() else "sdpa"
+    return "flash_attention_2" if is_flash_attn_2_available() else "sdpa"
 
 
 CONTESTANTS: Final[dict[str, Callable[[argparse.Namespace, torch.device], AbstractContextManager[Step]]]] = {
@@ -210,7 +216,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "mfu": needed / peak if peak else None,
         "usedBytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
         "reservedBytes": torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None,
-        "attention": trl_attention(device) if name.startswith("trl") else "torch's varlen_attn",
+        "attention": attention_of(name, device),
     }
 
 

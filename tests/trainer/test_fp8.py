@@ -32,10 +32,11 @@ CPU = torch.device("cpu")
 QUICK = pytest.mark.parametrize("quick", [False, True], ids=["unpacked", "quick"])
 
 
-def rounded(rows: Tensor) -> Tensor:
-    """[R, K]: what is left of each row's numbers in fp8, with the smallest power of two by which the row fits."""
-    scale = (rows.abs().amax(1, keepdim=True).double() / 448).log2().ceil().exp2().to(rows.dtype)
-    return torch.where(scale > 0, (rows / scale).to(torch.float8_e4m3fn).to(rows.dtype) * scale, 0.0)
+def rounded(rows: Tensor, *, power_of_two: bool = False) -> Tensor:
+    """[R, K]: what is left of each row's numbers in fp8, where the largest is 448 times the scale, or nearly so."""
+    scale = rows.abs().amax(1, keepdim=True).float() / 448
+    scale = scale.double().log2().ceil().exp2().float() if power_of_two else scale
+    return torch.where(scale > 0, (rows / scale).to(torch.float8_e4m3fn).float() * scale, 0.0).to(rows.dtype)
 
 
 class Reference(torch.autograd.Function):
@@ -117,7 +118,7 @@ def test_a_weight_is_a_byte_and_rounded_once(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     # Nothing of what was multiplied is lost: scales are powers of two.
     assert torch.equal(found.double(), layer.weight.double() * layer.scale.double())
-    assert torch.equal(found, rounded(plain.weight.detach()))
+    assert torch.equal(found, rounded(plain.weight.detach(), power_of_two=True))
     # Four significant bits, and below the smallest exponent a fixed step.
     slack = torch.maximum(plain.weight.double().abs() / 16, layer.scale.double() / 1024)
     assert bool(((found.double() - plain.weight.double()).abs() <= slack).all())

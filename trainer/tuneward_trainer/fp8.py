@@ -1,8 +1,9 @@
 """A LoRA's frozen weights in fp8 (e4m3, a byte each), which GPUs from Ada and Hopper on multiply as they are.
 
 A weight has one scale an output, and what it is multiplied with one a token, made there and then: the row-wise scales of
-torch._scaled_mm, which it takes on CPUs too. All of them are powers of two. A number that has an exponent of its own loses
-no bit by that, and a weight unpacked to bf16 is exactly the packed one: the gradient is that of what was multiplied.
+torch._scaled_mm, which it takes on CPUs too. Those of weights are powers of two: a weight unpacked to bf16 is exactly the
+packed one, and the gradient is that of what was multiplied. Those of tokens make the largest number of each exact: models
+have a few that stand far out, and the gradient is nearer where these are not rounded (decision 17).
 
 The gradient of x is dY W, whose sum goes over the outputs, each with another scale of W. So there are two ways. Unpack W
 and multiply in the dtype of dY, which rounds nothing more. Or multiply dY by the scales of W first, which is exact too, and
@@ -35,8 +36,9 @@ class Linear(nn.Linear):
     def __init__(self, plain: nn.Linear, device: torch.device, *, quick: bool) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.dtype, self.quick = plain.weight.dtype, quick
-        packed, scale = _packed(plain.weight.detach().to(device))
-        self.weight = nn.Parameter(packed, requires_grad=False)
+        weight = plain.weight.detach().to(device)
+        scale = _power_of_two(_scales(weight))
+        self.weight = nn.Parameter((weight / scale).to(DTYPE).contiguous(), requires_grad=False)
         self.bias = plain.bias
         self.register_buffer("scale", scale)
 
@@ -99,14 +101,17 @@ def product_back(rows: Tensor, layer: Linear) -> Tensor:
 def _multiplied(rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """[T, K], packed [K, N] whose columns have the scales float32 [1, N] -> [T, N]. Sums are made as fast as the GPU can:
     the other kernels for row-wise scales are slow (pytorch/ao#1325)."""
-    packed, scales = _packed(rows)
+    scales = _scales(rows)
+    packed = (rows / scales).to(DTYPE).contiguous()
     out: Tensor = torch._scaled_mm(packed, columns, scales, scale, bias, out_dtype=rows.dtype, use_fast_accum=True)
     return out
 
 
-def _packed(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """[R, K] -> fp8 [R, K] and float32 [R, 1]: the smallest power of two by which a row fits."""
-    exact = rows.abs().amax(1, keepdim=True).float().clamp_min(_SMALLEST) / _LARGEST
-    # The exponent of a float32 is its bits 23 to 30; what is not a power of two yet carries over into it.
-    scales = ((exact.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
-    return (rows / scales.to(rows.dtype)).to(DTYPE).contiguous(), scales
+def _scales(rows: Tensor) -> Tensor:
+    """[R, K] -> float32 [R, 1], by which the largest number of a row becomes the largest of fp8."""
+    return rows.abs().amax(1, keepdim=True).float().clamp_min(_SMALLEST) / _LARGEST
+
+
+def _power_of_two(scales: Tensor) -> Tensor:
+    """The smallest that is no less. A float32's exponent is its bits 23 to 30; what is none yet carries over into it."""
+    return ((scales.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
