@@ -180,7 +180,7 @@ def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
     # What a norm gives before its weight, for the weight's gradient.
     normed = size * hidden if setup.full else 0
     layer = _saved_by_attention(shape, data, setup) + _saved_by_mlp(shape, setup)
-    layer += shape.norms * (4 * hidden + 4 + normed)
+    layer += shape.norms * (4 * hidden + 4 + normed) - _kept_by_linears(shape, setup)
     # Each target row's gradient, its number and log-probability; the last norm; the angles of the rotary embedding.
     around = (
         data.learnt * (size * hidden + 12) + 4 * hidden + 4 + normed + shape.ropes * 2 * size * shape.query / shape.heads
@@ -188,6 +188,15 @@ def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
     if setup.recompute:
         return around + layer + shape.layers * size * hidden
     return around + shape.layers * layer - _not_in_the_first_layer(shape, data, setup)
+
+
+def _kept_by_linears(shape: Shape, setup: Setup) -> int:
+    """Bytes a token of what a layer's norms keep, where that is their result and the Linears after them keep it too."""
+    if not (shape.norms_invert and shape.norms_first) or setup.full or setup.size != 4:
+        return 0
+    adapted = shape.adapted(setup.targets)
+    after = [_incoming(shape), () if shape.experts and not shape.shared else _opening(shape)]
+    return 4 * shape.hidden * sum(any(name in adapted for name in names) for names in after)
 
 
 def _not_in_the_first_layer(shape: Shape, data: Data, setup: Setup) -> float:
@@ -198,7 +207,8 @@ def _not_in_the_first_layer(shape: Shape, data: Data, setup: Setup) -> float:
     adapted = shape.adapted(setup.targets)
     first: float = norm if shape.norms_first else 0
     if any(name in adapted for name in _incoming(shape)):
-        return first
+        # Those Linears keep what the norm gives, whoever else does.
+        return 4 if first and _kept_by_linears(shape, setup) else first
     first += _saved_by_attention(shape, data, setup)
     if "o_proj" in adapted:
         return first - _adapter_rows(shape, setup, "o_proj") - setup.size * shape.query
@@ -208,6 +218,11 @@ def _not_in_the_first_layer(shape: Shape, data: Data, setup: Setup) -> float:
 def _incoming(shape: Shape) -> tuple[str, ...]:
     """The Linears that give queries, keys and values."""
     return ("qkv_proj",) if shape.fused else ("q_proj", "k_proj", "v_proj")
+
+
+def _opening(shape: Shape) -> tuple[str, ...]:
+    """The Linears that an MLP begins with."""
+    return ("gate_up_proj",) if shape.fused_mlp else ("gate_proj", "up_proj") if shape.gated else ("c_fc",)
 
 
 def _adapter_rows(shape: Shape, setup: Setup, *names: str) -> float:
@@ -257,7 +272,7 @@ def _saved_by_mlp(shape: Shape, setup: Setup) -> float:
 
 def _saved_by_dense(shape: Shape, setup: Setup, inner: int) -> float:
     size, adapted = setup.size, shape.adapted(setup.targets)
-    names = ("gate_up_proj",) if shape.fused_mlp else ("gate_proj", "up_proj") if shape.gated else ("c_fc",)
+    names = _opening(shape)
     out = "down_proj" if shape.gated else "c_proj"
     saved = _adapter_rows(shape, setup, *names, out)
     saved += size * shape.hidden if any(name in adapted for name in names) else 0
@@ -279,7 +294,9 @@ def _work(shape: Shape, data: Data, setup: Setup) -> int:
     size, hidden, tokens = setup.size, shape.hidden, setup.tokens
     free = data.learnt * hidden + hidden
     mlp = size * (_mlp_rows(shape, setup) - free)
-    attention = size * (3 * shape.query + 4 * shape.key + 2 * hidden - free) - _saved_by_mlp(shape, setup)
+    # The MLP's norm is through by then: one that has to have its input still holds what its own backward pass made.
+    around = hidden if _kept_by_linears(shape, setup) else 2 * hidden
+    attention = size * (3 * shape.query + 4 * shape.key + around - free) - _saved_by_mlp(shape, setup)
     # Scores of one document at a time.
     scores = 2 * size * shape.heads * data.length * min(data.length, tokens) if shape.squashed else 0
     unpacked = size * max(inputs * outputs for inputs, outputs in shape.linears.values()) if setup.nf4 else 0

@@ -37,6 +37,8 @@ class Shape:
     """Of a layer, over the hidden width."""
     norms_first: bool = True
     """Norms come before what they are for, not after."""
+    norms_invert: bool = True
+    """They are Llama's: their input can be had from their result again (trainer's norms.py)."""
     head_norms: bool = False
     """Queries and keys are normed."""
     fused: bool = False
@@ -162,16 +164,16 @@ _FAMILIES: Final[dict[str, dict[str, Any]]] = {
     "qwen2": {},
     "smollm3": {},
     "granite": {},
-    "gemma": {},
-    "gemma2": {"norms": 4},
-    "gemma3_text": {"norms": 4, "head_norms": True, "ropes": 2},
+    "gemma": {"norms_invert": False},
+    "gemma2": {"norms": 4, "norms_invert": False},
+    "gemma3_text": {"norms": 4, "norms_invert": False, "head_norms": True, "ropes": 2},
     "qwen3": {"head_norms": True},
     "olmo2": {"norms_first": False, "head_norms": True},
     "olmo3": {"norms_first": False, "head_norms": True},
     "phi3": {"fused": True, "fused_mlp": True},
     "glm": {"fused_mlp": True},
     "glm4": {"fused_mlp": True, "norms": 4},
-    "starcoder2": {"gated": False},
+    "starcoder2": {"gated": False, "norms_invert": False},
     "mixtral": {},
     "qwen3_moe": {"head_norms": True},
     "olmoe": {"head_norms": True},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import transformers
 from peft import PeftModel
 from tests.trainer.families import examine
 from tests.trainer.jobs import make_model, tiny_config
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from tuneward_trainer import attention, patches, verify
+from tuneward_trainer import attention, norms, patches, verify
 from tuneward_trainer.batch import collate
 
 WITHOUT_PACKING = [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
@@ -51,6 +55,43 @@ def test_attention_refuses_what_it_does_not_know() -> None:
     cu = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="new_idea"):
         attention.packed_attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=cu, new_idea=1.0)
+
+
+def normed(forward: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """The result of rows of very different sizes, the gradient of these, and whether the result is kept for it."""
+    torch.manual_seed(0)
+    x = (torch.randn(5, 7, 32) * torch.logspace(-4, 3, 7)[:, None]).requires_grad_()
+    kept: set[int] = set()
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = forward(x)
+    torch.autograd.backward(out, torch.randn_like(out))
+    assert x.grad is not None
+    assert (x.data_ptr() in kept) is not (out.data_ptr() in kept)
+    return out.detach(), x.grad, out.data_ptr() in kept
+
+
+@pytest.mark.parametrize("lost", [False, True], ids=["invertible", "with a weight of 0"])
+def test_a_norm_keeps_its_result_where_its_input_can_be_had_from_it(lost: bool) -> None:
+    norm = LlamaRMSNorm(32, eps=1e-5).requires_grad_(False)
+    assert norms.fits(norm)
+    norm.weight.normal_()
+    if lost:
+        norm.weight[3] = 0
+    right, gradient, _ = normed(norm)
+    found, patched, kept = normed(functools.partial(norms.forward, norm))
+    assert kept is not lost
+    torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(patched, gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_norms_of_another_formula_are_left_alone() -> None:
+    assert not norms.fits(GemmaRMSNorm(32))
+    assert not norms.fits(torch.nn.LayerNorm(32))
 
 
 # -- after the block the model is plain again --------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""Five replacements that make a Hugging Face model train fast, and never an own forward pass.
+"""Six replacements that make a Hugging Face model train fast, and never an own forward pass.
 
 packed-attention  several documents share a row and none sees another (transformers' public cu_seq_lens names)
 loss-head         the vocabulary is scored at rows that have a target only, in chunks, its gradient made on the way
 lora-linear       one autograd node for W x + s B A x, which keeps x and the rank-sized A x, nothing else
 gated-mlp         down(act(gate) up) keeps gate and up and computes their product again: half of what an MLP keeps
+rms-norm          keeps its result, which the Linears after it keep anyway, and not its input (norms.py)
 compiled-layers   each decoder layer by torch.compile, on GPUs (compiled.py); needs packed-attention
 
 There is no code per model family. Instead `verify.py` compares each patch with the plain model on a shrunken twin, and
@@ -27,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tuneward_trainer import compiled, fp8, nf4
+from tuneward_trainer import compiled, fp8, nf4, norms
 from tuneward_trainer.attention import packed_attention
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.model import instance_forward, plain
@@ -36,8 +37,9 @@ PACKED_ATTENTION: Final = "packed-attention"
 LOSS_HEAD: Final = "loss-head"
 LORA_LINEAR: Final = "lora-linear"
 GATED_MLP: Final = "gated-mlp"
+RMS_NORM: Final = "rms-norm"
 COMPILED: Final = "compiled-layers"
-ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR, GATED_MLP)
+ALL: Final = (PACKED_ATTENTION, LOSS_HEAD, LORA_LINEAR, GATED_MLP, RMS_NORM)
 """On every device."""
 OF_WHOLE_MODELS: Final = (PACKED_ATTENTION, LOSS_HEAD)
 """Those that do not need adapters."""
@@ -95,6 +97,8 @@ def applied(
             stack.enter_context(_lora_linears(base))
         if GATED_MLP in names:
             stack.enter_context(_gated_mlps(base))
+        if RMS_NORM in names:
+            stack.enter_context(_rms_norms(base))
         head, judge = stack.enter_context(_loss_head(base)) if LOSS_HEAD in names else (_plain_head, _plain_judge)
         forward = _forward_alone
         if PACKED_ATTENTION in names:
@@ -444,7 +448,9 @@ class _GatedDown(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         """gate and up [..., I], A [r, I], B [O, r], W [O, I]."""
-        out, down = _with_lora((act(gate) * up).view(-1, gate.shape[-1]), a, b, base, scale)
+        opened = act(gate)
+        inner = torch.mul(opened, up, out=None if opened is gate else opened)
+        out, down = _with_lora(inner.view(-1, gate.shape[-1]), a, b, base, scale)
         ctx.save_for_backward(gate, up, down, a, b)
         ctx.act, ctx.base, ctx.scale = act, base, scale
         return out.view(*gate.shape[:-1], -1)
@@ -462,6 +468,18 @@ class _GatedDown(torch.autograd.Function):
         to_up = torch.mul(to_inner, opened.detach(), out=inner)
         (to_gate,) = torch.autograd.grad(opened, gate, to_inner.mul_(up))
         return to_gate, to_up, None, to_a, to_b, None, None
+
+
+# -- norms -----------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rms_norms(base: nn.Module) -> Iterator[None]:
+    with ExitStack() as stack:
+        for module in base.modules():
+            if norms.fits(module):
+                stack.enter_context(instance_forward(module, functools.partial(norms.forward, module)))
+        yield
 
 
 # -- memory ----------------------------------------------------------------------------------------------------------
