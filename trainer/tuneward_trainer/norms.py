@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 
 def fits(module: nn.Module) -> bool:
@@ -26,20 +27,26 @@ def fits(module: nn.Module) -> bool:
     )
 
 
-def forward(module: Any, x: Tensor, *others: Any, **named: Any) -> Tensor:
-    """In place of `module`'s own, which still is what others, and whatever this cannot do, get."""
-    if others or named or torch.compiler.is_compiling() or not x.requires_grad or not _invertible(module.weight, x):
-        plain: Tensor = type(module).forward(module, x, *others, **named)
-        return plain
-    out: Tensor = _Norm.apply(x, module)
-    return out
-
-
-def _invertible(weight: Tensor, x: Tensor) -> bool:
-    """Whether a row can be had from its result again: no weight is nothing, or so little that products lose bits."""
-    if weight.requires_grad or weight.dtype != torch.float32 or x.dtype != torch.float32 or x.device.type != "cpu":
+def invertible(module: nn.Module) -> bool | None:
+    """Whether a row can be had from its result again: no weight is nothing, or so little that products lose bits. Asked
+    once, as a frozen weight stays what it is; None of a shard, which tells it only when it is gathered."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if weight.requires_grad or weight.dtype != torch.float32 or weight.device.type != "cpu":
         return False
-    return bool(weight.detach().abs().amin() > 1e-20)
+    return None if isinstance(weight, DTensor) else bool(weight.detach().abs().amin() > 1e-20)
+
+
+def forward(module: Any, known: bool | None, x: Tensor, *others: Any, **named: Any) -> Tensor:
+    """In place of `module`'s own, which still is what others, and whatever this cannot do, get. `known`: what `invertible`
+    said."""
+    if others or named or torch.compiler.is_compiling() or not x.requires_grad or x.dtype != torch.float32:
+        known = False
+    if known or (known is None and invertible(module)):
+        out: Tensor = _Norm.apply(x, module)
+        return out
+    plain: Tensor = type(module).forward(module, x, *others, **named)
+    return plain
 
 
 class _Norm(torch.autograd.Function):

@@ -478,7 +478,8 @@ def _rms_norms(base: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for module in base.modules():
             if norms.fits(module):
-                stack.enter_context(instance_forward(module, functools.partial(norms.forward, module)))
+                known = norms.invertible(module)
+                stack.enter_context(instance_forward(module, functools.partial(norms.forward, module, known)))
         yield
 
 
