@@ -100,16 +100,34 @@ def test_one_that_is_killed_before_it_was_asked_ends_in_the_same_sentence() -> N
             list(workers.work(batch({"text": f"number {index}"}) for index in range(99)))
 
 
-def test_a_process_that_stands_still_ends_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_takes_the_place_of_one_that_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews, "_PATIENCE", 5.0)
     with crew(WORKER, 2) as workers:
         work = workers.work(batch({"text": f"number {index}"}) for index in range(99))
-        next(work)
-        monkeypatch.setattr(crews, "_PATIENCE", 1.0)
-        for member in workers.members:
-            os.kill(member.id, signal.SIGSTOP)
-        with pytest.raises(ChildProcessError, match=r"made nothing of lines 1 to 1 in 1 s; run it again$"):
-            list(work)
-    assert not any(alive(member.id) for member in workers.members)
+        lines = [next(work)]
+        stopped = [member.id for member in workers.members]
+        for number in stopped:
+            os.kill(number, signal.SIGSTOP)
+        lines += work
+        assert len(lines) == 99
+        assert not any(alive(number) for number in stopped)
+
+
+class Endless(Worker):
+    def __call__(self, batch: Batch) -> Done:
+        time.sleep(1000)
+        return Done()
+
+
+def test_where_the_next_one_stands_still_too_a_sentence_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crews, "_PATIENCE", 3.0)
+    with crew(Endless(Letters(), Limits(50)), 2) as workers:
+        with pytest.raises(
+            ChildProcessError, match=r"^two processes that tokenize made nothing of lines 1 to 1 in 3 s each; try"
+        ):
+            list(workers.work(batch({"text": f"number {index}"}) for index in range(9)))
+        ids = [member.id for member in workers.members]
+    assert not any(alive(number) for number in ids)
 
 
 class Wrong(Worker):

@@ -4,20 +4,22 @@ A tokenizer spreads a batch over all processors by itself, but reading, renderin
 where there is much to do every process has a worker of its own, which sends back arrays. What is on its way at any time is
 bounded: memory does not grow with the files.
 
-Each process has a thread here that asks it and a connection that nobody else has: no lock is shared, so one that is killed
-or stands still keeps nothing waiting but its thread. (concurrent.futures' pool of processes was seen to wait for ever, and
-its end waits with it.)
+Each process has a thread here that asks it and a connection that nobody else has. No lock is shared, so one that is killed
+or stands still keeps nothing waiting but its thread, and can be replaced: processes were seen that never began, and there
+concurrent.futures' pool, which this was, waits for ever.
 """
 
 from __future__ import annotations
 
 import gc
+import logging
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import sys
+import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator
@@ -30,53 +32,98 @@ from typing import Final, TypeAlias, cast
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Batch, Done, Worker
 
+log = logging.getLogger(__name__)
+
 WORTH: Final = 64 << 20
 """Bytes of files from which on the seconds are won back that it takes to start processes."""
 _AHEAD: Final = 3
 """Batches of each process that are read and not yet written."""
-_PATIENCE: Final = 600.0
+_PATIENCE: Final = 240.0
 """Seconds for one batch, whose work is a second's, and for a process to start, perhaps from a store far away."""
 Pending: TypeAlias = "deque[tuple[Batch, Future[Done]]]"
 
 
+class _StillError(Exception):
+    """Nothing came for too long."""
+
+
 class Member:
-    """One process with a worker."""
+    """One process with a worker; where it stands still, another in its place."""
 
     def __init__(self, worker: bytes) -> None:
-        # Not forked: this process may hold threads of torch, and locks of theirs.
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        with theirs:  # closed here, so that its end is seen
-            self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
+        self._worker = worker
+        self._lock = threading.Lock()
+        self._ended = False
+        self._begin()
+
+    @property
+    def id(self) -> int:
+        """Of the process."""
         assert self._process.pid is not None
-        self.id: Final = self._process.pid
-        self._worker: bytes | None = worker
+        return self._process.pid
 
     def ask(self, batch: Batch) -> Done:
-        """What became of it. Raises ChildProcessError where the process was killed, and what its worker raises."""
+        """What became of it. Raises ChildProcessError where the process was killed, or two stood still, and what its worker
+        raises."""
         try:
-            if self._worker is not None:
-                # Behind all that a process needs to start: as bytes, so that it has set itself up before it reads them.
-                self._connection.send_bytes(self._worker)
-                self._worker = None
-            self._connection.send(batch)
-            answer = self._connection.recv()
+            try:
+                answer = self._asked(batch)
+            except _StillError:
+                log.warning("a process that tokenizes stood still for %.0f s; another one goes on", _PATIENCE)
+                self._again()
+                answer = self._asked(batch)
         except (EOFError, OSError) as error:
             raise ChildProcessError("a process that tokenizes was killed, perhaps for memory") from error
+        except _StillError as error:
+            lines = f"lines {batch.records[0][0]} to {batch.records[-1][0]}"
+            seen = f"two processes that tokenize made nothing of {lines} in {_PATIENCE:.0f} s each"
+            raise ChildProcessError(f"{seen}; try again with less beside it, or without these lines") from error
         if isinstance(answer, BaseException):
             raise answer
         return cast("Done", answer)
 
     def end(self) -> None:
         """It holds nothing that is not sent: it need not be asked."""
-        self._process.kill()
-        self._process.join()
-        self._process.close()
+        with self._lock:
+            self._ended = True
+            self._kill()
 
     def close(self) -> None:
-        """When nobody asks any more; a process that still runs ends by itself."""
+        """When nobody asks any more."""
         self._connection.close()
+
+    def _begin(self) -> None:
+        # Not forked: this process may hold threads of torch, and locks of theirs.
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        with theirs:  # closed here, so that its end is seen
+            self._process: SpawnProcess = context.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+        self._is_new = True
+
+    def _kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+    def _again(self) -> None:
+        with self._lock:
+            if not self._ended:
+                self._kill()
+                self._connection.close()
+                self._begin()
+
+    def _asked(self, batch: Batch) -> object:
+        if self._is_new:
+            self._receive()  # it has set itself up, and reads whatever is sent
+            self._connection.send_bytes(self._worker)
+            self._is_new = False
+        self._connection.send(batch)
+        return self._receive()
+
+    def _receive(self) -> object:
+        if not self._connection.poll(_PATIENCE):
+            raise _StillError
+        return self._connection.recv()
 
 
 class Crew:
@@ -120,13 +167,7 @@ class Crew:
 
 def _next(pending: Pending) -> tuple[Batch, Done]:
     batch, future = pending.popleft()
-    try:
-        return batch, future.result(_PATIENCE)
-    except TimeoutError as error:
-        first, last = batch.records[0][0], batch.records[-1][0]
-        raise ChildProcessError(
-            f"a process that tokenizes made nothing of lines {first} to {last} in {_PATIENCE:.0f} s; run it again"
-        ) from error
+    return batch, future.result()
 
 
 @contextmanager
@@ -155,6 +196,7 @@ def _serve(connection: Connection) -> None:
     # One thread a process: they are as many as there are processors.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:
+        connection.send(None)
         worker: Worker = pickle.loads(connection.recv_bytes())
         # What is there stays, and samples are freed without the collector: it need not look at them so often.
         gc.freeze()
