@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from tuneward_cli.documents import load_valid, the_job
 from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import Finished
 from tuneward_cli.gang import Gang, HangError, failure_of
+from tuneward_cli.tries import Tries, budget
 from tuneward_cli.voice import Bar, Voice
 from tuneward_cli.words import Seen, accuracy_line, losses_line, phase_line, progress_line, score_line
 from tuneward_cli.workstation import Place
@@ -48,11 +47,12 @@ def train(options: Options, voice: Voice) -> int:
         voice.line(f"  {note}")
     for item in workstation.skipped(loaded, job):
         voice.line(f"  {item} is skipped: a workstation trains and serves nothing")
+    tries = Tries(name, budget(job.spec.run_policy), voice)
     try:
         request = workstation.lay_out(place, loaded, job, restart=options.restart)
-        plan = workstation.prepare(place, request, voice)
-        _attempts(place, plan, job, voice, {names.ENV_PROFILE: options.profile} if options.profile else {})
-        report = workstation.finish(place, plan, voice)
+        plan = tries.until_done(lambda: workstation.prepare(place, request, voice))
+        _attempts(place, plan, job, tries, {names.ENV_PROFILE: options.profile} if options.profile else {})
+        report = tries.until_done(lambda: workstation.finish(place, plan, voice), Phase.REGISTERING)
     except KeyboardInterrupt as stopped:
         raise CommandError(
             f"{phase_line(name, Phase.SUSPENDED)}: stopped on request; what was saved is in {place.run}",
@@ -63,23 +63,18 @@ def train(options: Options, voice: Voice) -> int:
     return ExitCode.OK
 
 
-def _attempts(place: Place, plan: Plan, job: FineTuneJob, voice: Voice, extra: Mapping[str, str]) -> None:
+def _attempts(place: Place, plan: Plan, job: FineTuneJob, tries: Tries, extra: Mapping[str, str]) -> None:
     """Gangs, one after the other, until one succeeds or a budget is spent. A gang restarts whole."""
-    name, left, spent = str(job.metadata["name"]), workstation.budget(job.spec.run_policy), Counter[FailureClass]()
     policy = job.spec.run_policy or RunPolicy()
     patience = policy.hang_timeout_seconds or names.DEFAULT_HANG_SECONDS
-    while (failure := _attempt(place, plan, name, voice, extra, patience)) is not None:
-        kind = failure.failure_class
-        spent[kind] += 1
-        if spent[kind] > left[kind]:
-            show_losses(place, voice)
+    while (failure := _attempt(place, plan, tries.job, tries.voice, extra, patience)) is not None:
+        if not tries.again(failure):
+            show_losses(place, tries.voice)
             raise CommandError(
-                f"{phase_line(name, Phase.FAILED)}: {failure.reason}: {failure.sentence}",
+                f"{phase_line(tries.job, Phase.FAILED)}: {failure.reason}: {failure.sentence}",
                 paste=f"tail -50 {place.run / 'workers' / 'worker-0.log'}",
                 code=_code_of(failure),
             )
-        voice.line(phase_line(name, Phase.RECOVERING, f"{failure.sentence} (try {spent[kind]} of {left[kind]})"))
-        time.sleep(min(30.0, 2.0 ** (spent[kind] - 1)))
 
 
 def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[str, str], patience: int) -> Failure | None:

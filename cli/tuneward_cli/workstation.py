@@ -11,15 +11,15 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from tuneward_api import names
-from tuneward_api.conditions import FailureClass, Phase
-from tuneward_api.failures import DEFAULT_RETRIES
+from tuneward_api.conditions import Phase, Reason
+from tuneward_api.failures import classify
 from tuneward_api.files import (
     FinishReport,
     Images,
@@ -32,7 +32,7 @@ from tuneward_api.files import (
     Result,
     canonical_json,
 )
-from tuneward_api.finetunejob import FineTuneJob, RunPolicy
+from tuneward_api.finetunejob import FineTuneJob
 from tuneward_api.manifest import write_synced
 from tuneward_api.names import ExitCode
 from tuneward_api.uris import Uri, parse_uri
@@ -41,6 +41,7 @@ from tuneward_cli.documents import Loaded
 from tuneward_cli.errors import CommandError
 from tuneward_cli.finished import finished
 from tuneward_cli.process import end, environment
+from tuneward_cli.tries import HelperError
 from tuneward_cli.voice import Voice
 from tuneward_cli.words import phase_line
 
@@ -288,7 +289,8 @@ def mounts(place: Place, plan: Plan) -> dict[str, str]:
 
 
 def _report(place: Place, kind: type[R], command: str, arguments: list[str]) -> R:
-    """Runs prepare or finish to its end and reads what it said last. Raises CommandError with its sentence."""
+    """Runs prepare or finish to its end and reads what it said last. Raises HelperError with its sentence, or CommandError
+    where another try is in vain."""
     folder = place.run / "workers"
     folder.mkdir(parents=True, exist_ok=True)
     last_words, log = folder / f"{command}.termination", folder / f"{command}.log"
@@ -313,11 +315,15 @@ def _report(place: Place, kind: type[R], command: str, arguments: list[str]) -> 
     try:
         report = kind.model_validate_json(last_words.read_bytes())
     except (OSError, ValidationError) as error:
-        raise CommandError(
-            f"{command} ended with exit code {code} and no report", paste=f"tail -50 {log}", code=code or 1
-        ) from error
+        sentence = f"{command} ended with exit code {code} and no report"
+        failure = replace(classify(exit_code=code), sentence=sentence)
+        raise HelperError(sentence, paste=f"tail -50 {log}", code=code or 1, failure=failure) from error
     if report.outcome == "Failed":
-        raise CommandError(f"{report.reason}: {report.message}", paste=_remedy(place, report, log), code=code or 1)
+        said, paste = f"{report.reason}: {report.message}", _remedy(place, report, log)
+        if report.reason == Reason.GATE_REFUSED:
+            raise CommandError(said, paste=paste, code=code or 1)
+        failure = classify(exit_code=code, reason=str(report.reason), message=report.message)
+        raise HelperError(said, paste=paste, code=code or 1, failure=failure)
     return report
 
 
@@ -326,9 +332,3 @@ def _remedy(place: Place, report: Report, log: Path) -> str:
     if str(report.reason) == "InputMissing" and "imports/" in report.message:
         return f"tuneward import MODEL_DIR NAME --store {place.store}"
     return f"tail -50 {log}"
-
-
-def budget(policy: RunPolicy | None) -> dict[FailureClass, int]:
-    """Retries for each class of failure: the spec's, else the table's."""
-    asked = policy.retries.to_json() if policy and policy.retries else {}
-    return {known: int(asked.get(known[0].lower() + known[1:], count)) for known, count in DEFAULT_RETRIES.items()}

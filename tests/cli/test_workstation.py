@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from tests.operator.pictures import result
 from tests.operator.world import DIGEST, finish_report, prepare_report
 
 from tuneward_api.conditions import FailureClass
-from tuneward_api.failures import DEFAULT_RETRIES
+from tuneward_api.failures import DEFAULT_RETRIES, classify
 from tuneward_api.files import Plan, PrepareReport, canonical_json
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_cli import train, workstation
 from tuneward_cli.documents import Loaded, load, load_valid, the_job
 from tuneward_cli.errors import CommandError
+from tuneward_cli.tries import HelperError, Tries, budget
+from tuneward_cli.voice import Voice
 from tuneward_cli.words import Seen
 
 JOB = """\
@@ -176,10 +179,10 @@ def test_a_finished_job_is_not_trained_again_by_other_workers(tmp_path: Path) ->
 
 def test_budgets_come_from_the_spec_first() -> None:
     policy = RunPolicy.model_validate({"retries": {"infrastructure": 0, "outOfMemory": 7}})
-    budget = workstation.budget(policy)
-    assert budget[FailureClass.INFRASTRUCTURE] == 0
-    assert budget[FailureClass.OUT_OF_MEMORY] == 7
-    assert budget[FailureClass.HANG] == DEFAULT_RETRIES[FailureClass.HANG]
+    found = budget(policy)
+    assert found[FailureClass.INFRASTRUCTURE] == 0
+    assert found[FailureClass.OUT_OF_MEMORY] == 7
+    assert found[FailureClass.HANG] == DEFAULT_RETRIES[FailureClass.HANG]
 
 
 @pytest.mark.parametrize(("loss", "shown"), [(0.5, 0.5), (None, 7.9)])
@@ -187,3 +190,30 @@ def test_the_last_line_is_that_of_the_result(loss: float | None, shown: float) -
     last = Seen(3, 100, loss=7.9, tokens_per_second=99.0, eta_seconds=4, memory_bytes=5)
     found = train.ended(last, result(metrics={"trainLoss": loss} if loss is not None else {}))
     assert found == Seen(100, 100, loss=shown, tokens_per_second=99.0, memory_bytes=5)
+
+
+def hung() -> HelperError:
+    said = "prepare stood still for 1800 s and was ended"
+    return HelperError(f"Hang: {said}", paste="", code=75, failure=classify(exit_code=75, reason="Hang", message=said))
+
+
+def test_a_prepare_that_stood_still_is_tried_again_until_the_job_s_budget_is_spent(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    waits: list[float] = []
+    tries = Tries("small", budget(RunPolicy.model_validate({"retries": {"hang": 3}})), Voice(), waits.append)
+    ends: Iterator[HelperError | str] = iter([hung(), hung(), "the plan", hung(), hung()])
+
+    def prepare() -> str:
+        found = next(ends)
+        if isinstance(found, HelperError):
+            raise found
+        return found
+
+    assert tries.until_done(prepare) == "the plan"
+    with pytest.raises(HelperError, match="Hang: prepare stood still") as caught:
+        tries.until_done(prepare)
+    assert caught.value.code == 75
+    assert waits == [1, 2, 4]
+    said = [line for line in capsys.readouterr().out.splitlines() if "small: Recovering" in line]
+    assert [line.rpartition(" (")[2] for line in said] == [f"try {number} of 3)" for number in (1, 2, 3)]

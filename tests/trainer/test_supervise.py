@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -14,13 +15,14 @@ import pytest
 from tests.support.wait import wait_for
 from tests.trainer.jobs import make_job
 
-from tuneward_api.files import FinishReport, PrepareReport
+from tuneward_api.files import FinishReport
+from tuneward_trainer.__main__ import _say_that_it_hung, parser
 
 DEADLINE = 60
 
 PROGRAM = """
 import ctypes, os, signal, subprocess, sys, threading, time
-from tuneward_api.files import PrepareReport
+from pathlib import Path
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_trainer.supervise import supervised, tell
 
@@ -52,16 +54,15 @@ def stopped():
 
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 policy = RunPolicy.model_construct(hang_timeout_seconds=float(sys.argv[2]))
-sys.exit(supervised("prepare", globals()[sys.argv[1]], PrepareReport, policy))
+sys.exit(supervised("prepare", globals()[sys.argv[1]], Path(sys.argv[3]).write_text, policy))
 """
 
 
 @contextmanager
 def running(folder: Path, work: str, seconds: float) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-c", PROGRAM, work, str(seconds)]
-    environment = {**os.environ, "TUNEWARD_TERMINATION_LOG": str(folder / "said")}
+    command = [sys.executable, "-c", PROGRAM, work, str(seconds), str(folder / "said")]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
     try:
         yield process
     finally:
@@ -74,12 +75,9 @@ def test_what_stands_still_is_ended_with_all_that_it_started(tmp_path: Path) -> 
         output, log = process.communicate(timeout=DEADLINE)
     assert process.returncode == 75
     assert "in held" in log
-    said = PrepareReport.model_validate_json((tmp_path / "said").read_bytes())
-    assert (said.outcome, said.reason, said.message) == (
-        "Failed",
-        "Hang",
+    assert (tmp_path / "said").read_text() == (
         "prepare stood still for 1.5 s and was ended; see whether the store's volume and the network answer, and raise "
-        "spec.runPolicy.hangTimeoutSeconds if they are only slow (its log says where it stood)",
+        "spec.runPolicy.hangTimeoutSeconds if they are only slow (its log says where it stood)"
     )
     started = Path("/proc") / output.split()[0]
     wait_for(lambda: gone(started), what="the end of what it started", timeout=DEADLINE)
@@ -131,3 +129,10 @@ def test_a_command_of_a_job_takes_its_deadline(tmp_path: Path) -> None:
     assert "in terminal_result" in done.stderr
     said = FinishReport.model_validate_json((tmp_path / "said").read_bytes())
     assert (said.reason, said.message.partition(" and ")[0]) == ("Hang", "finish stood still for 10 s")
+
+
+def test_a_check_that_stood_still_says_so_to_programs_too(capsys: pytest.CaptureFixture[str]) -> None:
+    _say_that_it_hung(parser().parse_args(["validate", "--model", "m", "a.jsonl", "--output", "json"]), "it stood still")
+    found = capsys.readouterr()
+    assert json.loads(found.out) == {"valid": False, "reason": "Hang", "message": "it stood still"}
+    assert found.err == "it stood still\n"

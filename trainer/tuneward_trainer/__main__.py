@@ -13,8 +13,11 @@ from pathlib import Path
 from types import FrameType
 
 from tuneward_api import names
+from tuneward_api.conditions import Reason
 from tuneward_api.files import FetchReport, FinishReport, PrepareReport
 from tuneward_api.finetunejob import RunPolicy
+from tuneward_api.names import ExitCode
+from tuneward_trainer.report import emit
 from tuneward_trainer.supervise import supervised
 
 
@@ -118,29 +121,45 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return COMMANDS[parsed.command](parsed)
 
 
-WATCHED: dict[str, type[PrepareReport | FetchReport | FinishReport]] = {
+REPORTS: dict[str, type[PrepareReport | FetchReport | FinishReport]] = {
     "prepare": PrepareReport,
     "fetch": FetchReport,
     "finish": FinishReport,
 }
+WATCHED = (*REPORTS, "estimate", "validate")
+"""Done by a child of the process, so that it can end them. `train` is a gang, whose operator looks at its steps."""
 
 
 def process() -> int:
-    """The whole of a process: some commands are done by a child of it, so that it can end them."""
+    """The whole of a process."""
     parsed = parser().parse_args()
     work = partial(COMMANDS[parsed.command], parsed)
-    report = WATCHED.get(parsed.command)
-    if report is None:
+    if parsed.command not in WATCHED:
         return work()
-    return supervised(parsed.command, work, report, _policy(parsed.plan if parsed.command == "finish" else parsed.request))
+    return supervised(parsed.command, work, partial(_say_that_it_hung, parsed), _policy(parsed))
 
 
-def _policy(file: Path) -> RunPolicy | None:
-    """Of a request or a plan; None where it cannot be read, which the command itself says better."""
+def _say_that_it_hung(parsed: argparse.Namespace, sentence: str) -> None:
+    """Where the command itself would have said how it ended."""
+    if parsed.command in REPORTS:
+        # Not to the run directory: a store that does not answer would keep us too.
+        emit(REPORTS[parsed.command](outcome="Failed", reason=Reason.HANG, message=sentence), None, code=ExitCode.TRY_AGAIN)
+        return
+    sys.stderr.write(f"{sentence}\n")
+    if getattr(parsed, "output", "text") == "json":
+        sys.stdout.write(json.dumps({"valid": False, "reason": Reason.HANG, "message": sentence}) + "\n")
+
+
+def _policy(parsed: argparse.Namespace) -> RunPolicy | None:
+    """Of the job; None where there is none."""
+    file = vars(parsed).get("request") or vars(parsed).get("plan")
+    if file is None or parsed.command == "fetch":
+        return None
     with suppress(OSError, ValueError, KeyError, TypeError):
         body = json.loads(file.read_bytes())
         return RunPolicy.model_validate(body.get("request", body)["spec"]["runPolicy"])
-    return None
+    # It has none, or cannot be read, which the command itself says better.
+    return RunPolicy()
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -71,6 +71,9 @@ def ending(work: Callable[[], T]) -> tuple[T | None, EndError | None]:
 def _of_os_error(error: OSError) -> EndError:
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) and error.filename:
         return not_writable(Path(str(error.filename)), error)
+    if isinstance(error, ChildProcessError):
+        # Of the processes that tokenize, with its own remedy: no volume is at fault.
+        return try_again(str(error))
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return try_again(f"the store is full ({error}); remove folders of old jobs below jobs/, or enlarge the claim")
     return try_again(f"{error}; if it happens again, the volume or the node needs a look")

@@ -1,4 +1,4 @@
-"""Ends prepare, fetch and finish where they stand still, with a sentence: whoever waits for them would wait for ever.
+"""Ends what a job or a person waits for where it stands still, with a sentence: the wait would be for ever.
 
 The work is done by a child that is forked before anything heavy is loaded. So the parent can look and speak whatever holds
 the child: a store that does not answer, processes that wait for each other, a lock in C that lets no other thread run. What
@@ -24,11 +24,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from tuneward_api.conditions import Reason
-from tuneward_api.files import FetchReport, FinishReport, PrepareReport
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_api.names import DEFAULT_HANG_SECONDS, ExitCode
-from tuneward_trainer.report import emit
 
 LEAST_SHARE: Final = 0.001
 """Of one processor: reading a megabyte a second from a slow store takes more, and threads that look at a clock less."""
@@ -46,14 +43,9 @@ def tell() -> None:
     _told[:] = (int.from_bytes(_told[:], "big") + 1).to_bytes(8, "big")
 
 
-def supervised(
-    command: str,
-    work: Callable[[], int],
-    report: type[PrepareReport | FetchReport | FinishReport],
-    policy: RunPolicy | None = None,
-) -> int:
+def supervised(command: str, work: Callable[[], int], say: Callable[[str], object], policy: RunPolicy | None = None) -> int:
     """Does `work` in a child and returns its exit code, or 75 after it stood still for hangTimeoutSeconds and was killed
-    with all that it started; `report` says so then."""
+    with all that it started; `say` gets the sentence then. `policy`: of the job; None where there is none."""
     seconds = (policy.hang_timeout_seconds if policy is not None else None) or DEFAULT_HANG_SECONDS
     # No signal may come when nobody would hand it on.
     signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -67,14 +59,13 @@ def supervised(
         code = child.exitcode or 0
         return code if code >= 0 else 128 - code
     _end(child)
-    # Not to the run directory: a store that does not answer would keep us too.
-    said = report(outcome="Failed", reason=Reason.HANG, message=sentence(command, seconds))
-    return emit(said, None, code=ExitCode.TRY_AGAIN)
+    say(sentence(command, seconds, of_job=policy is not None))
+    return ExitCode.TRY_AGAIN
 
 
-def sentence(command: str, seconds: int) -> str:
+def sentence(command: str, seconds: int, *, of_job: bool) -> str:
     remedy = "see whether the store's volume and the network answer"
-    if command != "fetch":
+    if of_job:
         remedy += ", and raise spec.runPolicy.hangTimeoutSeconds if they are only slow"
     return f"{command} stood still for {seconds} s and was ended; {remedy} (its log says where it stood)"
 

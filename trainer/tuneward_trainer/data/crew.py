@@ -40,6 +40,7 @@ _AHEAD: Final = 3
 """Batches of each process that are read and not yet written."""
 _PATIENCE: Final = 240.0
 """Seconds for one batch, whose work is a second's, and for a process to start, perhaps from a store far away."""
+_KILLED: Final = "a process that tokenizes was killed, perhaps for memory; give it more, or have less run beside it"
 Pending: TypeAlias = "deque[tuple[Batch, Future[Done]]]"
 
 
@@ -73,7 +74,7 @@ class Member:
                 self._again()
                 answer = self._asked(batch)
         except (EOFError, OSError) as error:
-            raise ChildProcessError("a process that tokenizes was killed, perhaps for memory") from error
+            raise ChildProcessError(_KILLED) from error
         except _StillError as error:
             lines = f"lines {batch.records[0][0]} to {batch.records[-1][0]}"
             seen = f"two processes that tokenize made nothing of {lines} in {_PATIENCE:.0f} s each"
