@@ -6,7 +6,8 @@ The oracle knows nothing of spans: an engine encodes the prompt alone, and what 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -40,11 +41,25 @@ def learnt(documents: list[Encoded]) -> Iterator[tuple[list[int], list[int]]]:
             yield document.ids[:start], document.ids[start:end]
 
 
+@pytest.fixture(scope="module")
+def encoder(plain: Any) -> Callable[[str], tuple[Any, Encoder]]:
+    """(tokenizer, its encoder) of a template; the last one is kept for the next conversation."""
+
+    @functools.lru_cache(maxsize=1)
+    def made(name: str) -> tuple[Any, Encoder]:
+        tokenizer = templated(plain, name)
+        return tokenizer, Encoder(tokenizer, "Assistant")
+
+    return made
+
+
 @pytest.mark.parametrize("chat_name", CHATS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_learnt_stands_behind_the_prompt_that_asks_for_it(plain: Any, name: str, chat_name: str) -> None:
-    tokenizer, chat = templated(plain, name), sample(chat_name)
-    (found,) = Encoder(tokenizer, "Assistant").encode([chat])
+def test_what_is_learnt_stands_behind_the_prompt_that_asks_for_it(
+    encoder: Callable[[str], tuple[Any, Encoder]], name: str, chat_name: str
+) -> None:
+    (tokenizer, own), chat = encoder(name), sample(chat_name)
+    (found,) = own.encode([chat])
     if reason := refusal(name, chat_name):
         assert isinstance(found, SampleError)
         assert reason in str(found)

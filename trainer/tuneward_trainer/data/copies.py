@@ -10,6 +10,7 @@ row of roles, was chosen by nothing that a text holds.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -92,6 +93,7 @@ def _now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
+@functools.lru_cache(maxsize=16)
 def copies_only(source: str) -> bool:
     """Whether a template's code is made of harmless parts."""
     try:

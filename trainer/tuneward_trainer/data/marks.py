@@ -67,12 +67,12 @@ class Marks:
         """None where the tokenizer is not of the kind that this holds for."""
         added = {int(number): token for number, token in tokenizer.added_tokens_decoder.items()}
         plain = not any(token.lstrip or token.rstrip or token.single_word for token in added.values())
-        made = json.loads(tokenizer.backend_tokenizer.to_str())
-        if not added or not plain or not stops <= added.keys() or not _is_plain(made):
+        normalizer = tokenizer.backend_tokenizer.normalizer
+        if not added or not plain or not stops <= added.keys() or not _is_plain(tokenizer.backend_tokenizer):
             return None
         special = {number for number, token in added.items() if token.special}
         texts = {number: token.content for number, token in added.items()}
-        return cls(texts, stops, special, tails, composes=bool(made["normalizer"]))
+        return cls(texts, stops, special, tails, composes=normalizer is not None)
 
     def places(self, text: Rendered, ids: Sequence[int]) -> list[Place] | None:
         """Of each span of the text; None where one cannot be told so."""
@@ -149,15 +149,20 @@ class _Marked:
         return first + len(tail)
 
 
-def _is_plain(made: dict[str, Any]) -> bool:
-    """Whether it is BPE on bytes that puts nothing before a text and at most composes it. `made`: tokenizer.json."""
-    before = made["pre_tokenizer"] or {}
+def _is_plain(backend: Any) -> bool:
+    """Whether it is BPE on bytes that puts nothing before a text and at most composes it."""
+    before = _described(backend.pre_tokenizer)
     steps = before.get("pretokenizers", [before])
     on_bytes = [step for step in steps if step.get("type") == "ByteLevel"]
     return (
-        made["model"]["type"] == "BPE"
-        and made["normalizer"] in (None, {"type": "NFC"})
+        type(backend.model).__name__ == "BPE"
+        and _described(backend.normalizer) in ({}, {"type": "NFC"})
         and len(on_bytes) == 1
         and on_bytes[0] is steps[-1]
         and not on_bytes[0]["add_prefix_space"]
     )
+
+
+def _described(part: Any) -> dict[str, Any]:
+    """What stands in tokenizer.json of a part of a tokenizer: all of that file is megabytes of words."""
+    return dict(json.loads(part.__getstate__())) if part is not None else {}

@@ -6,6 +6,7 @@ the processes of prepare are given mostly needs no rendering (shapes.py).
 
 from __future__ import annotations
 
+import functools
 import pickle
 from typing import Any
 
@@ -59,6 +60,7 @@ def quick_template(held: Held) -> Quick | None:
     return _Quick(source, variables)
 
 
+@functools.lru_cache(maxsize=16)
 def _compile(source: str) -> Any:
     """One that only copies needs no more of its environment than jinja2 gives; others are third parties' code, for which
     transformers has further locks."""
