@@ -13,7 +13,7 @@ from tuneward_api.evaluation import RULES as EVALUATION_RULES
 from tuneward_api.evaluation import Evaluation
 from tuneward_api.names import MAX_JOB_NAME, fits_name
 from tuneward_api.objective import RULES as OBJECTIVE_RULES
-from tuneward_api.objective import Objective, kind_of
+from tuneward_api.objective import Objective
 from tuneward_api.resolved import Resolved
 from tuneward_api.trackers import Trackers, TrackerStatus
 from tuneward_api.uris import ModelUri
@@ -53,12 +53,6 @@ def _trains_all(spec: Any) -> bool:
 
 _FULL_CEL = "!has(self.method) || !has(self.method.type) || self.method.type != 'Full'"
 FULL_RULES = (
-    Rule(
-        cel=f"{_FULL_CEL} || !has(self.objective) || !has(self.objective.type) || self.objective.type != 'DPO'",
-        message="method.type Full learns from samples or texts; with objective.type DPO set method.type to LoRA, QLoRA or "
-        "DoRA",
-        check=lambda s: not _trains_all(s) or kind_of(s) != "DPO",
-    ),
     Rule(
         cel=f"{_FULL_CEL} || !self.model.uri.startsWith('model://')",
         message="method.type Full starts from a base model, and model:// names an adapter to go on from; name a base "
@@ -137,7 +131,7 @@ class Hyperparameters(Model):
         gt=0,
         le=1,
         description="Peak learning rate of AdamW. Default: 4e-4 up to 4B parameters, 2e-4 above, 1e-4 from 65B; "
-        "5e-6 for DPO; 2e-5 for method Full.",
+        "5e-6 for DPO; 2e-5 for method Full, 5e-7 for DPO of it.",
     )
     scheduler: Literal["Cosine", "Linear", "Constant"] | None = Field(
         None, description="After warm-up: Cosine (default) or Linear down to a tenth, or Constant."
@@ -150,7 +144,7 @@ class Hyperparameters(Model):
         ge=0,
         le=1,
         description="AdamW's weight decay. Default: 0; 0.1 for Pretraining and for "
-        "method Full, where norms and biases have none.",
+        "method Full but of DPO. With Full norms and biases have none.",
     )
     max_grad_norm: float | None = Field(None, gt=0, le=1000, description="Gradients are clipped to this norm. Default: 1.")
     sequence_length: Int | None = Field(

@@ -196,13 +196,6 @@ CASES = [
     Bad("rank of Full", "spec.method", {"type": "Full", "rank": 8}, "spec.method", "leave them out"),
     Bad("Full served by another base", "spec.method", {"type": "Full"}, "spec", "leave serve out"),
     Bad(
-        "Full of pairs",
-        "spec",
-        {"model": {"uri": "pvc://a/b"}, "objective": {"type": "DPO"}, "datasets": PREFERENCE, "method": {"type": "Full"}},
-        "spec",
-        "set method.type to LoRA, QLoRA or DoRA",
-    ),
-    Bad(
         "Full of an adapter",
         "spec",
         {"model": {"uri": "model://a-0a1b2c3d"}, "datasets": PRETRAINING, "method": {"type": "Full"}},
@@ -321,6 +314,10 @@ spec:
   objective: {type: DPO, dpo: {beta: 0.2}}
   datasets: {training: [{uri: "pvc://data/pairs.jsonl"}, {uri: "pvc://data/more.jsonl", format: PreferredOutput}]}
 """
+GOOD_PREFERENCES = [
+    GOOD_PREFERENCE,
+    GOOD_PREFERENCE.replace("model://support-0a1b2c3d", "pvc://models/tiny") + "  method: {type: Full}\n",
+]
 GOOD = {"FineTuneJob": GOOD_JOB, "ModelServer": GOOD_SERVER}
 
 
@@ -376,7 +373,7 @@ def test_the_api_server_refuses_at_the_same_field(objects: client.CustomObjectsA
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER, GOOD_PREFERENCE, GOOD_JOB.replace("weight: 2", "weight: null")])
+@pytest.mark.parametrize("text", [GOOD_JOB, GOOD_SERVER, *GOOD_PREFERENCES, GOOD_JOB.replace("weight: 2", "weight: null")])
 def test_both_doors_take_what_is_right(objects: client.CustomObjectsApi, text: str) -> None:
     document = load_documents(text)[0]
     _, problems = validate_document(document)

@@ -85,7 +85,7 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 def test_loss_and_gradients_are_those_of_trl(room: Room, tmp_path: Path) -> None:
     """Its own trainer, from its own tokenization of the same pairs to the gradient of each tensor."""
     found, gradient = run(room, batch_of(room, 0, 1, 2, 3), scale=1 / 4)
-    trainer = trl_trainer(room, tmp_path)
+    trainer = trl_trainer(room.pairs, adapted(room.base), tmp_path)
     theirs = dict(trainer.model.named_parameters())
     with torch.no_grad():
         for name, parameter in trainable(room.engine.model).items():
@@ -101,11 +101,11 @@ def test_loss_and_gradients_are_those_of_trl(room: Room, tmp_path: Path) -> None
     assert accuracy == pytest.approx(metrics["rewards/accuracies"])
 
 
-def trl_trainer(room: Room, folder: Path) -> Any:
-    """On the same model, before its adapter has learnt anything: that is its reference. Words are numbers."""
+def trl_trainer(pairs: Documents, model: Any, folder: Path) -> Any:
+    """On the first four pairs. `model`: as it is before it has learnt anything, which is its reference. Words are numbers."""
     rows = []
     for pair in range(4):
-        chosen, rejected = (room.pairs[2 * pair + side] for side in (0, 1))
+        chosen, rejected = (pairs[2 * pair + side] for side in (0, 1))
         cut = int((chosen.weights == 0).sum())
         rows.append(
             {
@@ -122,7 +122,7 @@ def trl_trainer(room: Room, folder: Path) -> Any:
         gradient_checkpointing=False, max_length=None, dataloader_pin_memory=False, disable_tqdm=True,
     )  # fmt: skip
     trainer = DPOTrainer(
-        model=adapted(room.base),
+        model=model,
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=PreTrainedTokenizerFast(

@@ -40,6 +40,9 @@ class _Usual:
     on_too_long: OnTooLong = "Error"
     learning_rate: float | None = None
     """None: by the number of parameters."""
+    whole_learning_rate: float = 2e-5
+    """Of all weights: TRL's; a tenth of LoRA's above 4 billion parameters, as tinker-cookbook's sweep found."""
+    whole_weight_decay: float = 0.1
     warmup_fraction: float = 0.05
 
 
@@ -47,12 +50,17 @@ _USUAL: Final[dict[ObjectiveType, _Usual]] = {
     "SFT": _Usual(),
     "Pretraining": _Usual(epochs=1, weight_decay=0.1, largest_batch=1 << 20, on_too_long="Split"),
     # zephyr-7b-dpo-qlora's learning rate, epochs and warm-up.
-    "DPO": _Usual(epochs=1, batch_units=32, learning_rate=5e-6, warmup_fraction=0.1),
+    # Of all weights zephyr-7b-dpo-full's; what decays towards 0 would leave the reference.
+    "DPO": _Usual(
+        epochs=1,
+        batch_units=32,
+        learning_rate=5e-6,
+        warmup_fraction=0.1,
+        whole_learning_rate=5e-7,
+        whole_weight_decay=0.0,
+    ),
 }
 _BETA: Final = 0.1
-_FULL_LEARNING_RATE: Final = 2e-5
-"""TRL's for full fine-tuning; a tenth of LoRA's above 4 billion parameters, as tinker-cookbook's sweep found."""
-_FULL_WEIGHT_DECAY: Final = 0.1
 
 
 def objective(spec: FineTuneJobSpec) -> ResolvedObjective:
@@ -162,7 +170,7 @@ def hyperparameters(
     sizes = units(lengths, unit)
     batch = asked.batch_tokens or _usual_batch(usual, epochs, sizes)
     per_epoch = packing.steps_per_epoch(sizes, sequence_length=unit * length, batch_tokens=batch)
-    decay = _FULL_WEIGHT_DECAY if method == "Full" else usual.weight_decay
+    decay = usual.whole_weight_decay if method == "Full" else usual.weight_decay
     steps = asked.steps or epochs * per_epoch
     return ResolvedHyperparameters(
         epochs=round(steps / per_epoch, 4),
@@ -212,11 +220,11 @@ def _power_of_two(value: float) -> int:
 
 def learning_rate(parameters: int, objective: ObjectiveType, method: str = "LoRA") -> float:
     """The default one."""
+    usual = _USUAL[objective]
     if method == "Full":
-        return _FULL_LEARNING_RATE
-    usual = _USUAL[objective].learning_rate
-    if usual is not None:
-        return usual
+        return usual.whole_learning_rate
+    if usual.learning_rate is not None:
+        return usual.learning_rate
     if parameters <= 4 * _BILLION:
         return 4e-4
     return 2e-4 if parameters < 65 * _BILLION else 1e-4

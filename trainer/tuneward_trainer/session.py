@@ -246,7 +246,7 @@ def whole_engine(plan: Plan, model_dir: Path, gang: Gang, training: Documents) -
         gang,
         weight_decay=hyper.weight_decay,
         max_grad_norm=hyper.max_grad_norm,
-        idle=evaluate.filler(training),
+        idle=evaluate.filler(training, documents_a_unit(plan.prepared.objective.type)),
     )
 
 
