@@ -179,7 +179,7 @@ def saved_per_token(shape: Shape, data: Data, setup: Setup) -> float:
     size, hidden = setup.size, shape.hidden
     # What a norm gives before its weight, for the weight's gradient.
     normed = size * hidden if setup.full else 0
-    layer = _saved_by_attention(shape, data, setup) + _saved_by_mlp(shape, setup)
+    layer = _saved_by_attention(shape, data, setup) + _saved_by_mlps(shape, setup) / shape.layers
     layer += shape.norms * (4 * hidden + 4 + normed) - _kept_by_linears(shape, setup)
     # Each target row's gradient, its number and log-probability; the last norm; the angles of the rotary embedding.
     around = (
@@ -256,6 +256,12 @@ def _saved_by_attention(shape: Shape, data: Data, setup: Setup) -> float:
     # On a CPU each document's result is kept by the kernel, and all of them joined by the Linear that follows.
     result = query + outgoing if setup.device == "cpu" else query
     return saved + size * (query + key + values + result) + 4 * shape.heads
+
+
+def _saved_by_mlps(shape: Shape, setup: Setup) -> float:
+    """By those of all layers."""
+    plain = shape.plain_layers * _saved_by_dense(shape, setup, shape.plain_inner)
+    return plain + (shape.layers - shape.plain_layers) * _saved_by_mlp(shape, setup)
 
 
 def _saved_by_mlp(shape: Shape, setup: Setup) -> float:

@@ -96,13 +96,20 @@ class Shape:
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
         """Name -> (inputs, outputs) of the Linears of a layer that LoRA can be put on; experts are none."""
+        return self._linears(self.shared if self.experts else self.inner)
+
+    @property
+    def _kinds(self) -> tuple[tuple[int, dict[str, tuple[int, int]]], ...]:
+        """(number of layers, the same of each of them): those with experts, if the model has any, and those without."""
+        return (self.layers - self.plain_layers, self.linears), (self.plain_layers, self._linears(self.plain_inner))
+
+    def _linears(self, inner: int) -> dict[str, tuple[int, int]]:
         hidden, query, key = self.hidden, self.query, self.key
         if self.fused:
             found = {"qkv_proj": (hidden, query + 2 * key)}
         else:
             found = {"q_proj": (hidden, query), "k_proj": (hidden, key), "v_proj": (hidden, key)}
         found["o_proj"] = (query, hidden)
-        inner = self.shared if self.experts else self.inner
         if not inner:
             return found
         if self.fused_mlp:
@@ -135,26 +142,27 @@ class Shape:
 
     def adapted(self, targets: Set[str] | None = None) -> dict[str, tuple[int, int]]:
         """The Linears of a layer that `targets` (last parts of names; None: all) select."""
-        wanted = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
-        return {name: sizes for name, sizes in self.linears.items() if wanted is None or name in wanted}
+        return _selected(self.linears, targets)
 
     @property
     def packable(self) -> int:
         """Weights that NF4 can pack: of the Linears that LoRA can be put on, if blocks fill their rows."""
-        sizes = self.linears.values()
-        return self.layers * sum(inputs * outputs for inputs, outputs in sizes if inputs % NF4_BLOCK == 0)
-
-    def share(self, targets: Set[str] | None = None) -> float:
-        """Of the weights of layers that a token passes through, those under an adapter."""
-        adapted = self.layers * sum(inputs * outputs for inputs, outputs in self.adapted(targets).values())
-        plain = self.plain_layers * (3 * self.hidden * self.plain_inner - self.mlp) if self.experts else 0
-        return adapted / (self.layers * (self.attention + self.mlp) + plain)
+        return sum(
+            layers * sum(inputs * outputs for inputs, outputs in linears.values() if inputs % NF4_BLOCK == 0)
+            for layers, linears in self._kinds
+        )
 
     def lora(self, rank: int, targets: Set[str] | None = None, *, dora: bool = False) -> int:
         """Parameters of LoRA on the Linears of every layer."""
-        return self.layers * sum(
-            rank * (inputs + outputs) + dora * outputs for inputs, outputs in self.adapted(targets).values()
+        return sum(
+            layers * sum(rank * (inputs + outputs) + dora * outputs for inputs, outputs in linears.values())
+            for layers, linears in ((layers, _selected(linears, targets)) for layers, linears in self._kinds)
         )
+
+
+def _selected(linears: dict[str, tuple[int, int]], targets: Set[str] | None) -> dict[str, tuple[int, int]]:
+    wanted = None if targets is None else {target.rsplit(".", 1)[-1] for target in targets}
+    return {name: sizes for name, sizes in linears.items() if wanted is None or name in wanted}
 
 
 _FAMILIES: Final[dict[str, dict[str, Any]]] = {

@@ -228,14 +228,6 @@ def test_packed_weights_are_known_with_the_one_that_is_unpacked(tmp_path: Path) 
     assert estimated.activations + estimated.work == pytest.approx(peak(model, batch, tmp_path), rel=0.1)
 
 
-def test_the_share_of_a_mixture_that_has_adapters_is_known() -> None:
-    """Mixtral 8x7B: two of eight experts see a token; its attention is a tenth of what does."""
-    mixtral = MISTRAL_7B | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
-    attention, experts = 4096 * (2 * 4096 + 2 * 1024), 2 * 3 * 4096 * 14336 + 8 * 4096
-    assert Shape.of(mixtral).share() == pytest.approx(attention / (attention + experts))
-    assert Shape.of(MISTRAL_7B).share() == 1
-
-
 def test_qlora_is_named_where_it_would_fit() -> None:
     whole = costs(MISTRAL_7B, sequence_length=1024)
     assert _packed("LoRA", whole, Choice(1), 24 * GIB) == "use spec.method.type QLoRA (about 12.2 GiB), "

@@ -102,6 +102,7 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
         ModelUnsupportedError,
         adapted_linears,
         adapter_parameters,
+        named_by_weight,
         target_linears,
         text_parameters,
     )
@@ -115,11 +116,16 @@ def method(asked: Method, facts: Facts) -> ResolvedMethod:
         if asked.target_modules is None:
             raise config_bad(str(error)) from error
         available = []
-    targets = sorted(set(asked.target_modules or available))
-    for target in targets:
-        if not adapted_linears(facts.empty, [target]):
-            raise config_bad(f"spec.method.targetModules holds {target!r}; allowed for this model: {', '.join(available)}")
     kind, rank = asked.type or "LoRA", asked.rank or 16
+    named = [*available, *(asked.target_modules or ())]
+    # PEFT knows no DoRA on what an adapter's file names by its weight.
+    barred = named_by_weight(facts.empty, named) if kind == "DoRA" else set()
+    allowed = [target for target in available if target not in barred]
+    targets = sorted(set(asked.target_modules or allowed))
+    for target in targets:
+        where = "with DoRA, allowed for this model" if target in barred else "allowed for this model"
+        if target in barred or not adapted_linears(facts.empty, [target]):
+            raise config_bad(f"spec.method.targetModules holds {target!r}; {where}: {', '.join(allowed)}")
     if kind == "QLoRA":
         _check_packing(facts)
     return ResolvedMethod(

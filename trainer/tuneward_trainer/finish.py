@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tuneward_api import manifest, names
+from tuneward_api.adapters import targets_of
 from tuneward_api.conditions import Reason
 from tuneward_api.evaluation import Gate
 from tuneward_api.files import FinishedAdapter, FinishReport, Metrics, Plan, Result
@@ -154,7 +155,7 @@ def shape_of(plan: Plan, folder: Path) -> dict[str, Any]:
         "type": "DoRA" if config.get("use_dora") else "LoRA",
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
-        "target_modules": sorted(config["target_modules"]),
+        "target_modules": targets_of(config),
     }
 
 

@@ -18,7 +18,6 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.integrations import init_empty_weights
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -29,8 +28,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.quantizers.auto import AutoQuantizationConfig
 
+from tuneward_api.adapters import weights_of
 from tuneward_api.resolved import ResolvedMethod
-from tuneward_trainer import nf4
+from tuneward_trainer import mixtures, nf4
 
 ADAPTER: Final = "default"
 _ROUTERS: Final = r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?"
@@ -196,26 +196,14 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
         and name.startswith(inside)
         and not re.fullmatch(_ROUTERS, name)
     }
-    taken = _taken_for_experts(model, {_last(name) for name in found})
-    return {name: module for name, module in found.items() if _last(name) not in taken}
+    taken = mixtures.taken_for_experts(model, {mixtures.last(name) for name in found})
+    lost = mixtures.beyond_reach(model, found, taken)
+    return {name: module for name, module in found.items() if mixtures.last(name) not in lost}
 
 
 def packable(model: nn.Module) -> dict[str, nn.Linear]:
     """Those of them that NF4 can hold."""
     return {name: layer for name, layer in linears(model).items() if nf4.fits(layer)}
-
-
-def _last(name: str) -> str:
-    return name.rsplit(".", 1)[-1]
-
-
-def _taken_for_experts(model: nn.Module, names: set[str]) -> set[str]:
-    """Names under which PEFT looks for the fused experts of mixtures, since these had Linears of that name once: what else
-    bears them (a shared expert, a dense layer) it leaves alone without a word."""
-    config = LoraConfig(target_modules=sorted(names))
-    if names:
-        convert_peft_config_for_transformers(config, model, None)
-    return names - set(config.target_modules or ())
 
 
 def _decoder(model: nn.Module) -> str:
@@ -268,7 +256,7 @@ def plain(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 def target_linears(model: nn.Module) -> list[str]:
     """Names (last parts, sorted) of all of them: what LoRA is put on when the job names nothing. Not PEFT's `all-linear`,
     which takes routers and vision too."""
-    found = {_last(name) for name in linears(model)}
+    found = {mixtures.last(name) for name in linears(model)}
     if not found:
         raise ModelUnsupportedError(
             "its decoder has no torch.nn.Linear that can be adapted; use a model whose layers are Linear"
@@ -304,6 +292,7 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
             f"spec.method.targetModules {method.target_modules} name no Linear layer of the model; "
             f"it has {target_linears(model)}"
         )
+    by_weight = named_by_weight(model, method.target_modules)
     config = LoraConfig(
         r=method.rank,
         lora_alpha=int(method.alpha) if float(method.alpha).is_integer() else method.alpha,
@@ -315,13 +304,31 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), mixtures.as_named():
         torch.manual_seed(seed)
         adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+    saved = adapted.peft_config[ADAPTER]
     # PEFT puts the folder's name there, which differs from machine to machine.
-    adapted.peft_config[ADAPTER].base_model_name_or_path = base_uri
+    saved.base_model_name_or_path = base_uri
+    if by_weight:
+        # So that whoever loads the adapter with PEFT has it on the same layers; PEFT knows no dropout on parameters.
+        saved.target_modules = set(method.target_modules) - by_weight
+        saved.target_parameters = weights_of(by_weight)
+        saved.lora_dropout = 0.0
     adapted.eval()
     return adapted
+
+
+def named_by_weight(model: nn.Module, targets: list[str]) -> set[str]:
+    """Those of `targets` that an adapter's file names by their weights: PEFT takes the names for fused experts."""
+    names = {mixtures.last(name) for name in linears(model)}
+    taken = mixtures.taken_for_experts(model, names)
+    return {target for target in targets if mixtures.last(target) in taken}
+
+
+def adapted_share(model: PreTrainedModel, targets: list[str]) -> float | None:
+    """Of the weights of a mixture's layers that a token passes through, those under an adapter; None for other models."""
+    return mixtures.adapted_share(model, decoder_layers(model), adapted_linears(model, targets))
 
 
 def _excluded(model: nn.Module, targets: list[str]) -> str | None:

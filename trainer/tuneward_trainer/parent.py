@@ -16,6 +16,7 @@ from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from tuneward_api import manifest
+from tuneward_api.adapters import targets_of
 from tuneward_api.files import Parent
 from tuneward_api.finetunejob import Method
 from tuneward_api.resolved import ResolvedMethod
@@ -80,7 +81,7 @@ def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMeth
         "rank": int(config["r"]),
         "alpha": float(config["lora_alpha"]),
         "rsLoRA": bool(config.get("use_rslora")),
-        "targetModules": sorted(config["target_modules"]),
+        "targetModules": targets_of(config),
     }
     wanted = asked.to_json()
     if "targetModules" in wanted:

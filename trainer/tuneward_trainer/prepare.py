@@ -128,9 +128,8 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
             whole.memory(least).resident / GIB,
         )
     choice = costs.choose(room) if costs else memory.Choice(1)
-    if costs and costs.shape.known and costs.shape.experts and method.target_modules is not None:
-        share = costs.shape.share(costs.setup.targets)
-        log.info("adapters are on %.0f%% of the weights that a token passes through; experts have none", 100 * share)
+    if method.target_modules is not None:
+        say_share(facts, method.target_modules)
     if costs and room and (needed := costs.memory(choice).resident) > room:
         log.warning("about %.1f GiB are needed, and the job gives a worker %.1f", needed / GIB, room / GIB)
     return Prepared(
@@ -145,6 +144,15 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
         estimate=memory.estimate(costs, choice, summary.tokens) if costs else None,
         model_type=facts.model_type,
     )
+
+
+def say_share(facts: Facts, targets: list[str]) -> None:
+    """Of a mixture of experts: how much of it learns."""
+    from tuneward_trainer.model import adapted_share
+
+    share = adapted_share(facts.empty, targets)
+    if share is not None:
+        log.info("adapters are on %.1f%% of the weights that a token passes through; routed experts have none", 100 * share)
 
 
 def costs_of(

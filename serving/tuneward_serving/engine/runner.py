@@ -8,17 +8,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftModel
+from peft.utils import transformers_weight_conversion as conversion
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils.logging import disable_progress_bar
 
+from tuneward_api.adapters import targets_of
 from tuneward_serving.engine.errors import ApiError
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.tokenizer import Tokenizer, load_tokenizer
@@ -50,10 +53,11 @@ class Runner:
         config = LoraConfig.from_pretrained(str(folder))
         config.inference_mode = True
         try:
-            if self._peft is None:
-                self._peft = PeftModel(self._base, config, adapter_name=slot)
-            else:
-                self._peft.add_adapter(slot, config)
+            with _on_layers(config):
+                if self._peft is None:
+                    self._peft = PeftModel(self._base, config, adapter_name=slot)
+                else:
+                    self._peft.add_adapter(slot, config)
             report = self._peft.load_adapter(str(folder), adapter_name=slot, torch_device=str(self.device))
         except (ValueError, RuntimeError, KeyError, TypeError) as error:
             self._forget(slot)
@@ -163,6 +167,23 @@ def _end_tokens(generation: GenerationConfig, tokenizer: Tokenizer) -> frozenset
     found = generation.eos_token_id if generation is not None else None
     ends = found if isinstance(found, list) else [found]
     return frozenset(int(token) for token in [*ends, tokenizer.eos_token_id] if token is not None)
+
+
+@contextmanager
+def _on_layers(config: LoraConfig) -> Iterator[None]:
+    """What `config` names by its weight, since PEFT takes a layer's own name for experts there (docs/decisions/0007), gets
+    an adapter like all other layers: rows of different adapters cannot share one that is on a weight."""
+    if not config.target_parameters or isinstance(config.target_modules, str):
+        yield
+        return
+    config.target_modules = set(targets_of(vars(config)))
+    config.target_parameters = None
+    convert = conversion.convert_peft_config_for_transformers
+    conversion.convert_peft_config_for_transformers = lambda *_args, **_named: None
+    try:
+        yield
+    finally:
+        conversion.convert_peft_config_for_transformers = convert
 
 
 def _allow_mixed_batches(model: Any, slot: str) -> None:
