@@ -27,7 +27,7 @@ from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.objective import SUPERVISED, ResolvedDPO, ResolvedObjective
 from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
 from tuneward_trainer import patches, rundir
-from tuneward_trainer.data.documents import TRAINING, VALIDATION, DocumentWriter, Packed
+from tuneward_trainer.data.documents import TRAINING, VALIDATION, DocumentWriter, Encoded
 from tuneward_trainer.model import model_class
 
 VOCABULARY = 96
@@ -93,7 +93,7 @@ def make_pairs(folder: Path, *, training: int = 9, validation: int = 3, copies: 
             for line in range(count):
                 prompt = random.integers(3, VOCABULARY, int(random.integers(3, 12))).tolist()
                 answers = [[*random.integers(3, VOCABULARY, int(random.integers(2, 20))).tolist(), 2] for _ in range(2)]
-                pair = [Packed.of(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)) for answer in answers]
+                pair = [Encoded.of(prompt + answer, [0.0] * len(prompt) + [1.0] * len(answer)) for answer in answers]
                 writer.add_sample(pair, file=0, line=line + 1, copies=1 if line else copies)
     manifest.write_manifest(folder)
     return folder

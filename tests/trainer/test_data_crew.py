@@ -20,7 +20,8 @@ from tuneward_api.names import ExitCode
 from tuneward_trainer.data import build, samples
 from tuneward_trainer.data import crew as crews
 from tuneward_trainer.data.crew import crew
-from tuneward_trainer.data.encode import Encoded, Encoder, document
+from tuneward_trainer.data.documents import Encoded
+from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Batch, Done, Limits, Source, Worker
 from tuneward_trainer.report import ending
@@ -39,7 +40,7 @@ class Letters:
     """A tokenizer that is there at once."""
 
     def encode(self, values: Sequence[Any]) -> list[list[Encoded] | SampleError]:
-        return [[document([0] * 4, [1.0] * 4)] for _ in values]
+        return [[Encoded.of([0] * 4, [0.0, 1.0, 1.0, 1.0])] for _ in values]
 
 
 WORKER = Worker(Letters(), Limits(50))

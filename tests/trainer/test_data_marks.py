@@ -13,9 +13,10 @@ from tests.trainer.test_data_shapes import conversation
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from tuneward_trainer.data import formats
+from tuneward_trainer.data.documents import ids_of
 from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.marks import Marks, Tails
-from tuneward_trainer.data.plans import Place
+from tuneward_trainer.data.plans import Places
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import Rendered
 from tuneward_trainer.data.shapes import Frame
@@ -55,11 +56,11 @@ def letters(text: str) -> list[int]:
 @pytest.mark.parametrize(
     ("text", "span", "ids", "expected"),
     [
-        ("<|s|>a<|e|>", (5, 11), [1, 10, 2], [Place(1, 3, 3)]),
-        ("<|s|>ca<|e|>d", (6, 12), [1, 12, 10, 2, 13], [Place(2, 4, 4)]),
-        ("<|s|>a<|e|><|x|>", (5, 16), [1, 10, 2, 3], [Place(1, 4, 3)]),
-        ("<|s|>a<|x|><|x|>", (5, 16), [1, 10, 3, 3], [Place(1, 4, 4)]),
-        ("<|s|>a<|e|>b", (5, 12), [1, 10, 2, 11], [Place(1, 4, None)]),
+        ("<|s|>a<|e|>", (5, 11), [1, 10, 2], ([1, 3], True)),
+        ("<|s|>ca<|e|>d", (6, 12), [1, 12, 10, 2, 13], ([2, 4], True)),
+        ("<|s|>a<|e|><|x|>", (5, 16), [1, 10, 2, 3], ([1, 3], True)),
+        ("<|s|>a<|x|><|x|>", (5, 16), [1, 10, 3, 3], ([1, 4], True)),
+        ("<|s|>a<|e|>b", (5, 12), [1, 10, 2, 11], ([1, 4], False)),
         ("<|s|>ab<|e|>", (6, 12), [1, 20, 2], None),
         ("ca<|e|>", (1, 7), [12, 10, 2], None),
         ("<|s|>a<|e|>", (7, 11), [1, 10, 2], None),
@@ -67,9 +68,10 @@ def letters(text: str) -> list[int]:
     ],
     ids=["whole", "behind a role", "first stop", "last special", "no end", "token across", "no mark", "in a mark", "lost"],
 )
-def test_places(text: str, span: tuple[int, int], ids: list[int], expected: list[Place] | None) -> None:
+def test_places(text: str, span: tuple[int, int], ids: list[int], expected: tuple[list[int], bool] | None) -> None:
     marks = Marks(ADDED, {2}, {1, 2, 3}, Tails(letters))
-    assert marks.places(Rendered(text, (span,)), ids) == expected
+    places = Places([expected[0]], [expected[1]]) if expected else None
+    assert marks.places(Rendered(text, (span,)), ids_of(ids)) == places
 
 
 def tokens(text: str) -> list[int]:
@@ -102,11 +104,11 @@ def test_a_plan_tells_what_the_text_tells(
     marks = Marks(ADDED, {2}, {1, 2, 3}, Tails(letters))
     frame = Frame(around, tuple(learnt))
     text, spans = frame.rendered(texts), frame.spans(texts)
-    ids = tokens(text)
+    ids = ids_of(tokens(text))
     expected = marks.places(Rendered(text, spans), ids)
     assert marks.places(Rendered(text, spans, frame=frame), ids) == expected
     plan = marks._plan(frame)
-    found = plan.places(np.asarray(ids, np.int32), np.flatnonzero(np.isin(ids, list(ADDED)))) if plan else None
+    found = plan.places(ids, np.flatnonzero(np.isin(ids, list(ADDED)))) if plan else None
     assert found == (expected if told else None)
 
 
@@ -133,6 +135,6 @@ def test_which_tokenizers_are_read_so(change: str) -> None:
     found = Marks.of(_Wrapped(backend), {0}, Tails(lambda text: []))
     assert (found is not None) == (change in ("nothing", "composes"))
     if found is not None:
-        assert found.places(Rendered(f"e\u0301{END}", ((0, 12),)), [1, 0]) == (
-            [Place(0, 2, 2)] if change == "nothing" else None
+        assert found.places(Rendered(f"e\u0301{END}", ((0, 12),)), ids_of([1, 0])) == (
+            Places([[0, 2]], [True]) if change == "nothing" else None
         )

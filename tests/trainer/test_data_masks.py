@@ -11,7 +11,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.encode import Encoded, Encoder
+from tuneward_trainer.data.documents import Encoded
+from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn
 
@@ -84,7 +85,7 @@ def one(found: list[list[Encoded] | SampleError]) -> list[Encoded]:
 def show(tokenizer: Any, document: Encoded) -> list[tuple[bool, str]]:
     """Runs of (learnt, text)."""
     runs: list[tuple[bool, list[int]]] = []
-    for number, weight in zip(document.ids, document.weights, strict=True):
+    for number, weight in zip(document.ids.tolist(), document.weights.tolist(), strict=True):
         if not runs or runs[-1][0] != bool(weight):
             runs.append((bool(weight), []))
         runs[-1][1].append(number)
@@ -225,7 +226,7 @@ def test_bos_is_not_doubled(tokenizer: Any) -> None:
     own.chat_template = None
     own.backend_tokenizer.post_processor = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 1)])
     documents = Encoder(own, "Assistant").encode([read({"text": "To be"}), read({"text": "<|im_start|>To be"})])
-    assert one(documents[:1]) == one(documents[1:]) == [Encoded([1, 2068, 325, 2], [0.0, 1.0, 1.0, 1.0])]
+    assert one(documents[:1]) == one(documents[1:]) == [Encoded.of([1, 2068, 325, 2], [0.0, 1.0, 1.0, 1.0])]
 
 
 TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {}}}]
@@ -297,9 +298,9 @@ def test_masks_against_naive_rendering_of_each_prefix(tokenizer: Any, template: 
         sample = chat(*turns)
         assert isinstance(sample, formats.Chat)
         spans = [
-            (document.ids[:start], document.ids[start:end])
+            (document.ids[:start].tolist(), document.ids[start:end].tolist())
             for document in one(own.encode([sample]))
-            for start, end in runs(document.weights)
+            for start, end in runs(document.weights.tolist())
         ]
         pairs = oracle(templated(tokenizer, template), sample.messages)
         assert spans == pairs

@@ -18,7 +18,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tests.support.mistral import MADE, SHIPPED, make_tekken
 
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.documents import Encoded
 from tuneward_trainer.data.mistral import OwnTokenizer, UnreadableError
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn
@@ -105,7 +105,7 @@ def refusal(file: Path, value: dict[str, Any], loss_on: LossOn = "Assistant") ->
 def runs(document: Encoded) -> Iterator[list[int]]:
     """What is learnt without a break."""
     run: list[int] = []
-    for number, weight in zip([*document.ids, 0], [*document.weights, 0.0], strict=True):
+    for number, weight in zip([*document.ids.tolist(), 0], [*document.weights.tolist(), 0.0], strict=True):
         if weight:
             run.append(number)
         elif run:
@@ -134,14 +134,15 @@ def holds(file: Path, documents: list[Encoded], talk: Talk, tools: list[Tool] | 
     """Each document is mistral-common's encoding up to its last learnt turn; each learnt turn stands behind its prompt."""
     assert len(documents) == len(turns)
     for document, chosen in zip(documents, turns, strict=True):
-        assert document.ids == oracle(file, talk[: chosen[-1] + 1], tools)
-        weights = [0.0] * len(document.ids)
+        ids = document.ids.tolist()
+        assert ids == oracle(file, talk[: chosen[-1] + 1], tools)
+        weights = [0.0] * len(ids)
         for index in chosen:
             prompt, answered = oracle(file, talk[:index], tools), oracle(file, talk[: index + 1], tools)
-            assert document.ids[: len(prompt)] == prompt
-            assert document.ids[: len(answered)] == answered
+            assert ids[: len(prompt)] == prompt
+            assert ids[: len(answered)] == answered
             weights[len(prompt) : len(answered)] = [1.0] * (len(answered) - len(prompt))
-        assert document.weights == weights
+        assert document.weights.tolist() == weights
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -203,7 +204,7 @@ def test_calls_of_history_that_version_2_drops_are_learnt_where_an_engine_has_th
     talk = [*CALLS]
     documents = encode(files["v2"], line(talk))
     holds(files["v2"], documents, talk, None, [[1], [3], [5], [7]])
-    assert "[TOOL_CALLS]" not in own(files["v2"]).decode(documents[-1].ids)
+    assert "[TOOL_CALLS]" not in own(files["v2"]).decode(documents[-1].ids.tolist())
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -213,9 +214,9 @@ def test_loss_on_all(name: str, files: dict[str, Path]) -> None:
     prompt, answered = oracle(files[name], TURNS[:3], None), oracle(files[name], TURNS[:4], None)
     weights = [0.0, *[1.0] * (len(whole) - 1)]
     weights[len(prompt) : len(answered)] = [0.0] * (len(answered) - len(prompt))
-    assert document == Encoded(whole, weights)
+    assert document == Encoded.of(whole, weights)
     (asked,) = encode(files[name], line(TURNS[:3]), "All")
-    assert asked.ids == prompt
+    assert asked.ids.tolist() == prompt
     assert "later turns change" in refusal(files["v3"], line(SYSTEM, silent=[2]), "All")
 
 
@@ -224,7 +225,7 @@ def test_a_text_is_learnt_from_its_second_token_to_the_end(name: str, files: dic
     (document,) = encode(files[name], {"text": "[INST] To be\n"})
     inner = common(files[name], ValidationMode.test).instruct_tokenizer.tokenizer
     ids = inner.encode("[INST] To be\n", bos=True, eos=True)
-    assert document == Encoded(ids, [0.0, *[1.0] * (len(ids) - 1)])
+    assert document == Encoded.of(ids, [0.0, *[1.0] * (len(ids) - 1)])
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -253,7 +254,7 @@ def test_ids_that_are_refused_are_replaced_in_call_and_answer(name: str, files: 
     first, again = encode(files[name], value), encode(files[name], value)
     assert first == again
     (document,) = first
-    text = own(files[name]).decode(document.ids)
+    text = own(files[name]).decode(document.ids.tolist())
     assert "call_1" not in text
     given = oracle(files[name], TWO_CALLS, TOOLS)
     assert len(text) == len(own(files[name]).decode(given))

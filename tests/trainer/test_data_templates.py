@@ -14,7 +14,8 @@ import pytest
 from tests.trainer.templates import CHATS, IGNORED, NAMES, PARTS_ONLY, REFUSED, assistant, refusal, templated, user
 
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.encode import Encoded, Encoder
+from tuneward_trainer.data.documents import Encoded
+from tuneward_trainer.data.encode import Encoder
 from tuneward_trainer.data.problems import SampleError
 
 
@@ -35,10 +36,10 @@ def sample(name: str) -> formats.Chat:
 def learnt(documents: list[Encoded]) -> Iterator[tuple[list[int], list[int]]]:
     """(what stands before it, what is learnt) for each run of weights."""
     for document in documents:
-        weights = [*document.weights, 0.0]
+        weights = [*document.weights.tolist(), 0.0]
         edges = [index for index in range(1, len(weights)) if weights[index] != weights[index - 1]]
         for start, end in zip(edges[::2], edges[1::2], strict=True):
-            yield document.ids[:start], document.ids[start:end]
+            yield document.ids[:start].tolist(), document.ids[start:end].tolist()
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,7 @@ from tuneward_api.files import Proof
 from tuneward_api.tokenizers import mistral_tokenizer
 from tuneward_cli.main import main
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.documents import TRAINING, Documents
-from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.documents import TRAINING, Documents, Encoded
 from tuneward_trainer.data.mistral import OwnTokenizer
 from tuneward_trainer.data.samples import Limits
 from tuneward_trainer.prepare import Inputs, cache_key
@@ -86,7 +85,9 @@ def test_a_mistral_with_a_template_of_its_own_keeps_it(smollm2: Path, tmp_path: 
     (encoded,) = found.encoder("Assistant").encode([sample])
     assert [encoded] == same.encoder("Assistant").encode([sample])
     assert isinstance(encoded, list)
-    assert found.decode(encoded[0].ids).startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert found.decode(encoded[0].ids.tolist()).startswith(
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM"
+    )
     (tmp_path / "tokenizer.model.v3").write_bytes(SHIPPED["v3"].read_bytes())
     assert isinstance(load_tokenizer(tmp_path), TemplateTokenizer)
 
@@ -174,4 +175,4 @@ def test_a_token_is_shown_as_it_stands(model: Path) -> None:
     assert isinstance(found, list)
     (document,) = found
     assert isinstance(document, Encoded)
-    assert tokenizer.decode(document.ids) == "<s>[INST]How heavy is 0?[/INST]It is 0 grams.</s>"
+    assert tokenizer.decode(document.ids.tolist()) == "<s>[INST]How heavy is 0?[/INST]It is 0 grams.</s>"

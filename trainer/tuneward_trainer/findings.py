@@ -197,9 +197,10 @@ def ranges(numbers: Sequence[int]) -> str:
 def _shown(one: Shown, *, colour: bool) -> Iterator[str]:
     for number, (document, tokens) in enumerate(zip(one.documents, one.tokens, strict=True), 1):
         which = f", document {number} of {len(one.documents)}" if len(one.documents) > 1 else ""
-        learnt = sum(1 for weight in document.weights if weight)
-        yield f"{one.file}:{one.line}{which}: {len(document.ids)} tokens, {learnt} learnt"
-        yield show.text_of(tokens, document.weights, colour=colour)
+        weights = document.weights.tolist()
+        learnt = len(weights) - weights.count(0.0)
+        yield f"{one.file}:{one.line}{which}: {len(document)} tokens, {learnt} learnt"
+        yield show.text_of(tokens, weights, colour=colour)
 
 
 def _corrected(one: Corrected) -> Iterator[str]:
@@ -248,7 +249,7 @@ def _shown_json(one: Shown) -> dict[str, Any]:
         "file": one.file,
         "line": one.line,
         "documents": [
-            {"ids": document.ids, "tokens": tokens, "weights": document.weights}
+            {"ids": document.ids.tolist(), "tokens": tokens, "weights": document.weights.tolist()}
             for document, tokens in zip(one.documents, one.tokens, strict=True)
         ],
     }

@@ -13,25 +13,20 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Final, Protocol, TypeAlias
 
+import numpy as np
+from numpy.typing import NDArray
+
+from tuneward_trainer.data.documents import Encoded, ids_of
 from tuneward_trainer.data.formats import Sample
 from tuneward_trainer.data.marks import Marks, Tails
-from tuneward_trainer.data.plans import Place
+from tuneward_trainer.data.plans import Places
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, Rendered, Renderer
-from tuneward_trainer.data.shapes import Span
 from tuneward_trainer.data.templates import Held, chat_template, quick_template
 
 Offsets: TypeAlias = list[tuple[int, int]]
 _WORDS: Final = 100_000
 """Words whose tokens a process remembers: some 20 MB."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """`weights[i]` is the loss weight of predicting `ids[i]`; weights[0] is 0, and the last is not."""
-
-    ids: list[int]
-    weights: list[float]
 
 
 class SampleEncoder(Protocol):
@@ -41,14 +36,15 @@ class SampleEncoder(Protocol):
         """One entry for each sample: its documents, or what is wrong with it."""
 
 
-def document(ids: Sequence[int], weights: Sequence[float]) -> Encoded:
-    """Nothing predicts the first token, and nothing after the last learnt one is kept. Raises SampleError."""
-    kept = len(weights)
-    while kept and not weights[kept - 1]:
-        kept -= 1
+def document(ids: NDArray[np.int32], learnt: NDArray[np.bool_]) -> Encoded:
+    """Of tokens (int32, bool [tokens]). Nothing predicts the first, and nothing after the last learnt one is kept. Raises
+    SampleError."""
+    kept = learnt.tobytes().rfind(1) + 1
     if kept < 2:
         raise SampleError("", "has no token to learn", "samples with something to learn after their first token")
-    return Encoded(list(ids[:kept]), [0.0, *weights[1:kept]])
+    weights = learnt[:kept].astype("<f2")
+    weights[0] = 0
+    return Encoded(ids[:kept], weights)
 
 
 @dataclass
@@ -62,10 +58,10 @@ class _Tokens:
 
 @dataclass(frozen=True)
 class _Marked:
-    """One text's tokens and where its spans stand among them, told without offsets."""
+    """One text's tokens, int32 [tokens], and where its spans stand among them."""
 
-    ids: list[int]
-    places: list[Place]
+    ids: NDArray[np.int32]
+    places: Places
 
 
 _Found: TypeAlias = _Tokens | _Marked
@@ -139,17 +135,19 @@ class Encoder:
         rest = iter(self._encode_all([text for text, found in zip(texts, first, strict=True) if found is None]))
         return [found or next(rest) for found in first]
 
-    def _marked(self, text: Rendered, ids: list[int]) -> _Marked | None:
+    def _marked(self, text: Rendered, ids: NDArray[np.int32]) -> _Marked | None:
+        "None where offsets are needed."
         places = self._marks.places(text, ids) if self._marks is not None else None
         if places is None:
             return None
-        if not text.raw or ids[: len(self._lead)] == self._lead:
+        if not text.raw or ids[: len(self._lead)].tolist() == self._lead:
             return _Marked(ids, places)
-        return _Marked([*self._lead, *ids], [place.behind(len(self._lead)) for place in places])
+        return _Marked(np.concatenate([ids_of(self._lead), ids]), places.behind(len(self._lead)))
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _ids(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """The same ids as `_plain` gives, without offsets."""
-        return [one.ids for one in self._backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+        found = self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
+        return [ids_of(one.ids) for one in found]
 
     def _encode_all(self, texts: list[Rendered]) -> list[_Tokens]:
         """All texts, part by part, in one call of the tokenizer, which spreads it over the cores."""
@@ -168,25 +166,28 @@ class Encoder:
     def _alone(self, text: str) -> list[int]:
         return self._plain([text])[0].ids
 
-    def _weigh(self, text: Rendered, tokens: _Found) -> Encoded:
+    def _weigh(self, text: Rendered, found: _Found) -> Encoded:
         """Weights from spans; a stop token at the end of each turn; nothing after the last learnt token."""
-        places = tokens.places if isinstance(tokens, _Marked) else [self._place(text, tokens, span) for span in text.spans]
-        ids, weights = tokens.ids, [0.0] * len(tokens.ids)
-        for (_, end), place in zip(text.spans, places, strict=True):
-            learnt = place.stop if place.stop and text.turns else place.last
-            weights[place.first : learnt] = [1.0] * (learnt - place.first)
-            if not place.stop and end == len(text.text) and self._eos is not None:
-                ids = [*ids, self._eos]
-                weights.append(1.0)
-            elif not place.stop and text.turns:
+        marked = found if isinstance(found, _Marked) else self._told(text, found)
+        ids, learnt = marked.ids, np.zeros(len(marked.ids), np.bool_)
+        bounds, ended = marked.places
+        for first, last in bounds:
+            learnt[first:last] = True
+        if not all(ended):
+            if not ended[-1] and text.spans[-1][1] == len(text.text) and self._eos is not None:
+                ids, learnt, ended = np.append(ids, np.int32(self._eos)), np.append(learnt, [True]), ended[:-1]
+            if text.turns and not all(ended):
                 raise _NeedsApartError
-        return document(ids, weights)
+        return document(ids, learnt)
 
-    def _place(self, text: Rendered, tokens: _Tokens, span: Span) -> Place:
-        """Told by offsets."""
-        first = self._boundary(text, tokens, span[0])
-        last = bisect_left(tokens.offsets, span[1], key=lambda offset: offset[0])
-        return Place(first, last, self._after_stop(text, tokens, first, last))
+    def _told(self, text: Rendered, tokens: _Tokens) -> _Marked:
+        """By offsets."""
+        places = Places([], [])
+        for start, end in text.spans:
+            first = self._boundary(text, tokens, start)
+            last = bisect_left(tokens.offsets, end, key=lambda offset: offset[0])
+            places.add(first, last, self._after_stop(text, tokens, first, last), turns=text.turns)
+        return _Marked(ids_of(tokens.ids), places)
 
     def _boundary(self, text: Rendered, tokens: _Tokens, start: int) -> int:
         """Index of the first token of the part of the text that begins at `start`, if one does begin there."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import numpy as np
+
 from tuneward_api.objective import PAIRS, ObjectiveType
-from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.documents import Encoded
 from tuneward_trainer.data.formats import Format
 from tuneward_trainer.data.problems import SampleError
 
@@ -44,7 +46,7 @@ def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Fo
     kept: list[Encoded] = []
     fate: Fate | None = None
     for document in documents:
-        if len(document.ids) <= longest:
+        if len(document) <= longest:
             kept.append(document)
         elif on_too_long == "Skip":
             fate = "skipped"
@@ -61,15 +63,15 @@ def fit(documents: list[Encoded], longest: int, on_too_long: OnTooLong, form: Fo
 
 def fit_pair(pair: list[Encoded], longest: int, on_too_long: OnTooLong, form: Format) -> Fitted:
     """Both answers of a pair, or neither. Raises SampleError where that is refused, or where a cut leaves no difference."""
-    worst = max(pair, key=lambda document: len(document.ids))
-    if len(worst.ids) <= longest:
+    worst = max(pair, key=len)
+    if len(worst) <= longest:
         return Fitted(pair)
     if on_too_long == "Skip":
         return Fitted([], "skipped")
     if on_too_long != "Truncate":
         raise _too_long(worst, longest, form)
     cut = [truncate(document, longest) for document in pair]
-    if cut[0].ids == cut[1].ids:
+    if np.array_equal(cut[0].ids, cut[1].ids):
         raise SampleError(
             "the pair",
             f"has the same first {longest} tokens in both answers",
@@ -82,7 +84,7 @@ def _too_long(document: Encoded, longest: int, form: Format) -> SampleError:
     ways = "Split, Truncate or Skip" if form == "Text" else "Truncate or Skip"
     return SampleError(
         "an answer with its prompt" if form in PAIRS else "the sample",
-        f"has {len(document.ids)} tokens",
+        f"has {len(document)} tokens",
         f"at most {longest} ({_RAISE}, or set spec.datasets.onTooLong to {ways})",
     )
 
@@ -90,8 +92,8 @@ def _too_long(document: Encoded, longest: int, form: Format) -> SampleError:
 def truncate(document: Encoded, longest: int) -> Encoded:
     """The beginning. Raises SampleError if nothing of it is learnt."""
     weights = document.weights[:longest]
-    if not any(weights):
-        first = next(index for index, weight in enumerate(document.weights) if weight)
+    if not weights.any():
+        first = int(np.flatnonzero(document.weights)[0])
         raise SampleError(
             "the sample",
             f"has nothing to learn in its first {longest} tokens: the first one that is learnt is number {first + 1}",
@@ -103,6 +105,9 @@ def truncate(document: Encoded, longest: int) -> Encoded:
 def split(document: Encoded, longest: int) -> list[Encoded]:
     """Pieces of at most `longest` tokens. Each begins with the last token of the one before, as what stands before its
     first learnt token: so every token of the text but the first is learnt once."""
-    starts = range(0, len(document.ids) - 1, longest - 1)
-    spans = [slice(start, start + longest) for start in starts]
-    return [Encoded(document.ids[span], [0.0, *document.weights[span][1:]]) for span in spans]
+    pieces = []
+    for start in range(0, len(document) - 1, longest - 1):
+        weights = document.weights[start : start + longest].copy()
+        weights[0] = 0
+        pieces.append(Encoded(document.ids[start : start + longest], weights))
+    return pieces

@@ -13,15 +13,15 @@ from __future__ import annotations
 import json
 import re
 import unicodedata
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
-from tuneward_trainer.data.plans import Added, Place, Plan, planned
+from tuneward_trainer.data.plans import Added, Places, Plan, planned
 from tuneward_trainer.data.render import Rendered
 from tuneward_trainer.data.shapes import Frame
 
@@ -74,26 +74,25 @@ class Marks:
         texts = {number: token.content for number, token in added.items()}
         return cls(texts, stops, special, tails, composes=normalizer is not None)
 
-    def places(self, text: Rendered, ids: Sequence[int]) -> list[Place] | None:
-        """Of each span of the text; None where one cannot be told so."""
+    def places(self, text: Rendered, ids: NDArray[np.int32]) -> Places | None:
+        """Of the spans of the text; None where one cannot be told so."""
         if self._composes and not unicodedata.is_normalized("NFC", text.text):
             return None
-        numbers = np.frombuffer(array("i", ids), np.int32)
-        indices = np.flatnonzero(self._is_added.take(numbers, mode="clip"))
+        indices = np.flatnonzero(self._is_added.take(ids, mode="clip"))
         plan = self._plan(text.frame) if text.frame is not None else None
-        if plan is not None and (planned := plan.places(numbers, indices)):
+        if plan is not None and (planned := plan.places(ids, indices)):
             return planned
         matches = list(self._pattern.finditer(text.text))
-        if numbers[indices].tolist() != [self._ids[match[0]] for match in matches]:
+        if ids[indices].tolist() != [self._ids[match[0]] for match in matches]:
             return None
         starts, ends = [match.start() for match in matches], [match.end() for match in matches]
-        marked = _Marked(text.text, ids, starts, ends, indices.tolist(), self._tails)
-        places = []
+        marked = _Marked(text.text, ids.tolist(), starts, ends, indices.tolist(), self._tails)
+        places = Places([], [])
         for start, end in text.spans:
             first, last = marked.index(start), marked.index(end)
             if first is None or last is None:
                 return None
-            places.append(Place(first, last, self._stop(marked, first, end)))
+            places.add(first, last, self._stop(marked, first, end), turns=text.turns)
         return places
 
     def _plan(self, frame: Frame) -> Plan | None:
@@ -127,7 +126,7 @@ class _Marked:
     ids."""
 
     text: str
-    ids: Sequence[int]
+    ids: list[int]
     starts: list[int]
     ends: list[int]
     indices: list[int]

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+import numpy as np
 from mistral_common.exceptions import MistralCommonException
 from mistral_common.protocol.instruct.messages import AssistantMessage, SystemMessage, ToolMessage, UserMessage
 from mistral_common.protocol.instruct.normalize import get_normalizer
@@ -23,7 +24,8 @@ from mistral_common.tokens.tokenizers.base import SpecialTokens, Tokenized, Toke
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from tuneward_api.tokenizers import SENTENCEPIECE
-from tuneward_trainer.data.encode import Encoded, document
+from tuneward_trainer.data.documents import Encoded, ids_of
+from tuneward_trainer.data.encode import document
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
 from tuneward_trainer.data.mistral_messages import Message, messages_of
 from tuneward_trainer.data.problems import SampleError
@@ -134,7 +136,7 @@ class MistralEncoder:
         try:
             if isinstance(sample, Text):
                 ids = self._tokenizer.text(sample.text)
-                return [document(ids, [1.0] * len(ids))]
+                return [document(ids_of(ids), np.ones(len(ids), np.bool_))]
             return self._chat(as_chat(sample) if isinstance(sample, PromptCompletion) else sample)
         except SampleError as error:
             return error
@@ -200,12 +202,12 @@ class _Conversation:
         """The whole conversation up to the last learnt turn, or None where earlier turns are encoded otherwise in it."""
         turns = [(self.prompt(index), self.upto(index + 1)) for index in learnt]
         whole = turns[-1][1]
-        weights = [0.0] * len(whole)
+        learnt_ids = np.zeros(len(whole), np.bool_)
         for before, after in turns:
             if not (_begins(whole, after) and _begins(after, before)):
                 return None
-            weights[len(before) : len(after)] = [1.0] * (len(after) - len(before))
-        return document(whole, weights)
+            learnt_ids[len(before) : len(after)] = True
+        return document(ids_of(whole), learnt_ids)
 
     def turn(self, index: int) -> Encoded:
         """The conversation up to turn `index`, which alone is learnt."""
@@ -216,13 +218,13 @@ class _Conversation:
                 "cannot be learnt: mistral-common encodes what stands before it differently once it is answered",
                 "answers that stand behind the prompt that asks for them",
             )
-        return document(after, [0.0] * len(before) + [1.0] * (len(after) - len(before)))
+        return document(ids_of(after), np.arange(len(after)) >= len(before))
 
     def everything(self) -> Encoded:
         """lossOn All: every token but those of assistant turns of weight 0."""
         whole = self.upto(len(self._messages))
         self.check_tools(len(self._messages))
-        weights = [1.0] * len(whole)
+        learnt = np.ones(len(whole), np.bool_)
         for index, message in enumerate(self._messages):
             if message["role"] == "assistant" and not self._chat.weights[index]:
                 before, after = self.prompt(index), self.upto(index + 1)
@@ -232,8 +234,8 @@ class _Conversation:
                         "is 0, but later turns change how earlier ones are encoded, so the turn has no fixed place",
                         "lossOn Assistant with this model",
                     )
-                weights[len(before) : len(after)] = [0.0] * (len(after) - len(before))
-        return document(whole, weights)
+                learnt[len(before) : len(after)] = False
+        return document(ids_of(whole), learnt)
 
 
 def _begins(whole: list[int], part: list[int]) -> bool:

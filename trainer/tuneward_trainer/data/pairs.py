@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
+import numpy as np
+
 from tuneward_api.objective import PAIRS
 from tuneward_trainer.data import formats
-from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.documents import Encoded
 from tuneward_trainer.data.formats import Chat, Format, PromptCompletion
 from tuneward_trainer.data.messages import Weighed, read_messages, text_of, tools_of
 from tuneward_trainer.data.problems import SampleError, show
@@ -57,7 +59,7 @@ def joined(sample: Sample, found: Sequence[list[Encoded] | SampleError]) -> list
                 "answers of one turn with this model",
             )
     (chosen,), (rejected,) = encoded
-    if chosen.ids == rejected.ids:
+    if np.array_equal(chosen.ids, rejected.ids):
         raise SampleError(sample.rejected.field, f"gives the same tokens as {sample.chosen.field}", _DIFFER)
     return [chosen, rejected]
 

@@ -15,23 +15,26 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from tuneward_trainer.data.shapes import Frame
 
 
-class Place(NamedTuple):
-    """Indices among the tokens of a span that is learnt: of its first token, of the first one behind it, and of the one
-    behind what ends the turn, None if nothing does."""
+class Places(NamedTuple):
+    """Where the learnt spans of a text stand among its tokens. `bounds`: [index of the first token, index behind the last]
+    of each, where a turn's last is what ends it; `ended`: whether a token ends it."""
 
-    first: int
-    last: int
-    stop: int | None
+    bounds: list[list[int]]
+    ended: list[bool]
 
-    def behind(self, count: int) -> Place:
+    def add(self, first: int, last: int, stop: int | None, *, turns: bool) -> None:
+        """Indices of a span's first token, of the first one behind it, and behind the token that ends it, if one does."""
+        self.bounds.append([first, stop if stop is not None and turns else last])
+        self.ended.append(stop is not None)
+
+    def behind(self, count: int) -> Places:
         """With as many tokens before the text; a span from the first token on has them too."""
-        stop = self.stop + count if self.stop is not None else None
-        return Place(self.first + count if self.first else 0, self.last + count, stop)
+        return Places([[first + count if first else 0, last + count] for first, last in self.bounds], self.ended)
 
 
 class Alone(Protocol):
@@ -68,31 +71,31 @@ class _Edge(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """`marks`: ids of all added tokens, int32 [marks]. For each span: numbers of the mark that its first token stands behind
-    and of that behind its last (int64 [spans]), how many tokens behind it (int64 [spans]), and the mark that ends it, -1 if
-    none does. `ends`: the last span ends with the text. `tails`: (marks, the ids that stand behind each)."""
+    """`marks`: ids of all added tokens, as bytes of int32. `bounds`: as Places has them, each by the number of a mark and
+    how many tokens behind it (int64 [spans, 2] both). `to_end`: the last span ends with the text, and no token ends it.
+    `tails`: what must stand behind marks: their numbers, how many tokens behind (int64 [tokens] both), and the ids."""
 
-    marks: NDArray[np.int32]
-    first: tuple[NDArray[np.int64], NDArray[np.int64]]
-    last: tuple[NDArray[np.int64], NDArray[np.int64]]
-    stop: NDArray[np.int64]
-    ends: bool
-    tails: list[tuple[NDArray[np.int64], NDArray[np.int32]]]
+    marks: bytes
+    bounds: tuple[NDArray[np.int64], NDArray[np.int64]]
+    ended: list[bool]
+    to_end: bool
+    tails: tuple[NDArray[np.int64], NDArray[np.int64], bytes]
 
-    def places(self, ids: NDArray[np.int32], added: NDArray[np.intp]) -> list[Place] | None:
-        """Of each span of a text with these ids, of which those at `added` are added tokens; None where they are others."""
-        if len(added) != len(self.marks) or not np.array_equal(ids[added], self.marks):
+    def places(self, ids: NDArray[np.int32], added: NDArray[np.intp]) -> Places | None:
+        """Of the spans of a text with these ids, of which those at `added` are added tokens; None where they are others."""
+        if ids[added].tobytes() != self.marks:
             return None
-        for marks, tail in self.tails:
-            behind = added[marks][:, None] + np.arange(1, len(tail) + 1)
-            if behind.max() >= len(ids) or not (ids[behind] == tail).all():
+        marks, counts, tails = self.tails
+        try:
+            if ids[added[marks] + counts].tobytes() != tails:
                 return None
-        firsts, lasts = (added[marks] + counts for marks, counts in (self.first, self.last))
-        if self.ends:
-            lasts[-1] = len(ids)
-        stops = np.where(self.stop < 0, 0, added[self.stop] + 1)
-        found = zip(firsts.tolist(), lasts.tolist(), stops.tolist(), strict=True)
-        return [Place(first, last, stop or None) for first, last, stop in found]
+        except IndexError:  # the text ends before
+            return None
+        marks, counts = self.bounds
+        bounds: list[list[int]] = (added[marks] + counts).tolist()
+        if self.to_end:
+            bounds[-1][1] = len(ids)
+        return Places(bounds, self.ended)
 
 
 def planned(frame: Frame, added: Added, alone: Alone) -> Plan | None:
@@ -102,29 +105,34 @@ def planned(frame: Frame, added: Added, alone: Alone) -> Plan | None:
     parts = [_Part(part, list(added.pattern.finditer(part))) for part in frame.around]
     before = np.cumsum([0, *(len(part.matches) for part in parts)]).tolist()
     firsts = [parts[turn].edge(len(frame.around[turn]) - chars, before[turn]) for turn, chars, _ in frame.learnt]
-    lasts = [parts[turn + 1].edge(behind, before[turn + 1]) for turn, _, behind in frame.learnt]
     stops = [parts[turn + 1].stop(behind, before[turn + 1], added) for turn, _, behind in frame.learnt]
+    lasts = [
+        parts[turn + 1].edge(behind, before[turn + 1]) if stop < 0 else _Edge(stop, "")
+        for (turn, _, behind), stop in zip(frame.learnt, stops, strict=True)
+    ]
     turn, _, behind = frame.learnt[-1]
-    ends = turn + 2 == len(parts) and behind == len(frame.around[-1])
-    if ends:
+    to_end = stops[-1] < 0 and turn + 2 == len(parts) and behind == len(frame.around[-1])
+    if to_end:
         lasts[-1] = _Edge(0, None)  # where the ids end
-    edges = [edge for edge in (*firsts, *lasts) if edge is not None]
+    edges = [edge for pair in zip(firsts, lasts, strict=True) for edge in pair if edge is not None]
     if len(edges) < 2 * len(frame.learnt):
         return None
-    tails = {edge.tail: alone[edge.tail] for edge in edges if edge.tail}
-    counts = [0 if edge.tail is None else 1 + len(tails.get(edge.tail, ())) for edge in edges]
-    places = np.asarray([[edge.mark for edge in edges], counts], np.int64).reshape(2, 2, -1)
+    tails = [(edge, alone[edge.tail] if edge.tail else []) for edge in edges]
+    places = [(edge.mark, 0 if edge.tail is None else 1 + len(tail)) for edge, tail in tails]
+    behind_marks = [(edge.mark, count, token) for edge, tail in tails for count, token in enumerate(tail, 1)]
+    bounds = np.asarray(places, np.int64).reshape(-1, 2, 2)
+    marks, counts, ids = np.asarray(behind_marks, np.int64).reshape(-1, 3).T
     return Plan(
-        marks=np.asarray([added.ids[match[0]] for part in parts for match in part.matches], np.int32),
-        first=(places[0, 0], places[1, 0]),
-        last=(places[0, 1], places[1, 1]),
-        stop=np.asarray(stops, np.int64),
-        ends=ends,
-        tails=[
-            (np.asarray([edge.mark for edge in edges if edge.tail == tail], np.int64), np.asarray(ids, np.int32))
-            for tail, ids in tails.items()
-        ],
+        marks=_as_bytes([added.ids[match[0]] for part in parts for match in part.matches]),
+        bounds=(bounds[..., 0], bounds[..., 1]),
+        ended=[stop >= 0 for stop in stops],
+        to_end=to_end,
+        tails=(marks, counts, _as_bytes(ids)),
     )
+
+
+def _as_bytes(ids: ArrayLike) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
 
 
 class _Part(NamedTuple):

@@ -15,8 +15,8 @@ from typing import Any, Final, TypeAlias
 
 from tuneward_api.objective import PAIRS, ObjectiveType
 from tuneward_trainer.data import fit, formats, pairs
-from tuneward_trainer.data.documents import Packed
-from tuneward_trainer.data.encode import Encoded, SampleEncoder
+from tuneward_trainer.data.documents import Encoded
+from tuneward_trainer.data.encode import SampleEncoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
 
@@ -84,7 +84,7 @@ class Done:
     """What became of a batch: `good` is (line, documents, digest of the whole sample), `bad` (line, what is wrong),
     `fates` (line, what was done with a sample that was too long)."""
 
-    good: list[tuple[int, list[Packed], int]] = field(default_factory=list)
+    good: list[tuple[int, list[Encoded], int]] = field(default_factory=list)
     bad: list[tuple[int, SampleError]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
@@ -128,8 +128,7 @@ class Worker:
             found = [next(encoded) for _ in pairs.sides(sample)]
             try:
                 if documents := self._fit(line, pairs.joined(sample, found), form, done):
-                    packed = [Packed.of(document.ids, document.weights) for document in documents]
-                    done.good.append((line, packed, _digest(packed)))
+                    done.good.append((line, documents, _digest(documents)))
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
         return done
@@ -148,7 +147,7 @@ class Worker:
     def _fit(self, line: int, documents: list[Encoded], form: formats.Format, done: Done) -> list[Encoded]:
         """Those that are short enough, and what is left of those that are not. Raises SampleError."""
         longest = self._limits.longest
-        done.longest = max(done.longest, *(min(len(document.ids), longest) for document in documents))
+        done.longest = max(done.longest, *(min(len(document), longest) for document in documents))
         way = fit.fit_pair if form in PAIRS else fit.fit
         fitted = way(documents, longest, self._limits.on_too_long, form)
         if fitted.fate is not None:
@@ -160,9 +159,9 @@ def _inverse(fields: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in fields.items()}
 
 
-def _digest(documents: list[Packed]) -> int:
+def _digest(documents: list[Encoded]) -> int:
     """64 bits of ids and mask: two of a hundred million different samples share them with a chance of 3 in 10,000."""
     digest = hashlib.blake2b(digest_size=8)
     for document in documents:
-        digest.update(document.ids + document.mask() + b"|")
+        digest.update(document.ids.tobytes() + (document.weights != 0).tobytes() + b"|")
     return int.from_bytes(digest.digest(), "little")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, Protocol
 
-from tuneward_trainer.data.encode import Encoded
+from tuneward_trainer.data.documents import Encoded
 from tuneward_trainer.data.files import read
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.samples import Batch, Source, Worker
@@ -40,9 +40,8 @@ def first_samples(source: Source, worker: Worker, tokenizer: Decoder, count: int
     for uri, path in source.files() if count else ():
         try:
             for record in read(path):
-                for line, packed, _ in worker(Batch([record], form, source.fields)).good:
-                    documents = [Encoded(*one.lists()) for one in packed]
-                    yield Shown(uri, line, documents, [pieces(tokenizer, one.ids) for one in documents])
+                for line, documents, _ in worker(Batch([record], form, source.fields)).good:
+                    yield Shown(uri, line, documents, [pieces(tokenizer, one.ids.tolist()) for one in documents])
                     found += 1
                 if found >= count:
                     return
