@@ -11,23 +11,27 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file
 from tests.trainer.families import PACKED, served_class
+from tests.trainer.jobs import VOCABULARY, make_job, train
 from tests.trainer.test_families import ATTENTION, logits
+from tests.trainer.test_methods import answers
 from torch import nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api import manifest
 from tuneward_api.adapters import targets_of
-from tuneward_api.files import Parent
+from tuneward_api.files import FinishReport, Parent, Proof
 from tuneward_api.finetunejob import Method
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_api.shape import Shape
 from tuneward_serving.agent import adapter_check
 from tuneward_serving.agent.adapter_check import Limits
+from tuneward_serving.agent.proof import judge
 from tuneward_serving.agent.weights import read_model_header
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.runner import Runner
-from tuneward_trainer import defaults, parent, patches, verify
+from tuneward_trainer import defaults, finish, parent, patches, verify
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.model import (
     adapted_share,
@@ -227,3 +231,26 @@ def test_the_shape_counts_them() -> None:
     assert shape.parameters == sum(parameter.numel() for parameter in facts.empty.parameters())
     targets = target_linears(facts.empty)
     assert shape.lora(4, set(targets)) == adapter_parameters(facts.empty, targets, 4)
+
+
+def test_a_job_ends_in_a_model_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QLoRA: trained on packed weights, proved on the plain ones, filed under the names that a job has, served."""
+    config = verify.shrink(PACKED["glm4_moe"])
+    config.architectures, config.vocab_size = ["Glm4MoeForCausalLM"], VOCABULARY
+    targets = target_linears(served_class(config)(config))
+    job = train(make_job(tmp_path, config=config, method={"type": "QLoRA", "target_modules": targets}, hyper={"steps": 4}))
+    for name, value in job.variables().items():
+        monkeypatch.setenv(name, value)
+    assert finish.main(job.plan_file) == 0
+    adapter = FinishReport.model_validate_json((job.run / "termination").read_bytes()).adapter
+    assert adapter is not None
+    assert adapter.target_modules == targets
+    folder, model = tmp_path / adapter.sub_path, tmp_path / "models/tiny"
+    learnt = load_file(folder / "adapter/adapter_model.safetensors")
+    assert all(value.any() for name, value in learnt.items() if ".mlp." in name)
+    runner = Runner(
+        served_class(config).from_pretrained(model, dtype=torch.float32).eval(), SimpleNamespace(eos_token_id=None)
+    )
+    runner.load("a0", folder / "adapter")
+    proof = Proof.model_validate_json((folder / "proof.json").read_bytes())
+    judge(proof.model_copy(update={"tolerance": 1e-4}), [answers(runner, text.ids) for text in proof.texts])

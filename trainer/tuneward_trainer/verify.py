@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api.manifest import write_synced
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import attention, batch, compiled, nf4, norms, patches
+from tuneward_trainer import attention, batch, compiled, mixtures, nf4, norms, patches
 from tuneward_trainer.batch import collate, padded
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import (
@@ -137,7 +137,8 @@ def _digest(config: dict[str, Any], *, whole: bool, packed: bool, compiling: boo
     """Of all that a verdict depends on."""
     parts = [str(whole), str(compiling), json.dumps(config, sort_keys=True)]
     parts += [torch.__version__, transformers.__version__, peft.__version__]
-    parts += [Path(str(module.__file__)).read_text() for module in (attention, batch, patches, norms, nf4, compiled)]
+    modules = (attention, batch, patches, norms, nf4, compiled, mixtures)
+    parts += [Path(str(module.__file__)).read_text() for module in modules]
     parts += [Path(__file__).read_text(), nf4.release() if packed else ""]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
