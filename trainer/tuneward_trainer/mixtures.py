@@ -62,5 +62,5 @@ def adapted_share(model: PreTrainedModel, layers: list[nn.Module], adapted: Mapp
     experts = [p for p in experts if p.ndim == 3]
     if not experts or chosen is None:
         return None
-    resting = sum(p.numel() * (1 - chosen / p.shape[0]) for p in experts)
+    resting = sum(p.numel() * max(0.0, 1 - chosen / p.shape[0]) for p in experts)
     return sum(linear.weight.numel() for linear in adapted.values()) / (sum(p.numel() for _, p in matrices) - resting)
