@@ -85,13 +85,11 @@ def test_init_writes_a_job_that_trains(station: Station, data: Path, tmp_path: P
     assert again.returncode == 2
     assert "job.yaml is there already, and is not overwritten" in again.stderr
     claims = [word for claim, folder in told["claims"].items() for word in ("--claim", f"{claim}={folder}")]
-    estimate = station.tuneward("estimate", "job.yaml", "--store", str(station.store), *claims, "--output", "json")
-    found = json.loads(estimate.stdout)
     trained = station.tuneward("train", "job.yaml", "--store", str(station.store), *claims)
     assert trained.returncode == 0, trained.stderr
     assert "support-chats: Succeeded" in trained.stdout
     # It took just what was estimated.
     plan = json.loads((station.store / "jobs/support-chats/plan.json").read_text())["prepared"]
-    assert plan["estimate"]["memoryBytes"] == found["memory"]["resident"]
-    assert plan["estimate"]["flops"] == pytest.approx(found["flops"])
-    assert (plan["hyperparameters"], plan["data"]["summary"]) == (found["hyperparameters"], found["data"])
+    assert plan["estimate"]["memoryBytes"] == told["memory"]["resident"]
+    assert plan["estimate"]["flops"] == pytest.approx(told["flops"])
+    assert (plan["hyperparameters"], plan["data"]["summary"]) == (told["hyperparameters"], told["data"])

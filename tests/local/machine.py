@@ -64,7 +64,7 @@ class User:
         if self.uid is None:
             path = f"{ROOT / '.venv' / 'bin'}:{os.environ['PATH']}"
             return {**os.environ, "VIRTUAL_ENV": str(ROOT / ".venv"), "PATH": path}
-        return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8"}
+        return {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(home), "LANG": "C.UTF-8", "GOGC": os.environ["GOGC"]}
 
 
 ME = User("me")
