@@ -27,8 +27,9 @@ help: ## this list
 demo: setup model ## from nothing to a chat answer of a tuned model, on a real local Kubernetes
 	@$(BIN)/tuneward demo
 
-test: setup model ## everything that CI runs
-	@$(MAKE) --no-print-directory check go-test tests
+test: setup ## everything that CI runs
+	@$(MAKE) --no-print-directory -j2 model check
+	@$(MAKE) --no-print-directory go-test tests
 	@echo "make test: all green"
 
 check: lint types imports verify ## linters, types, layers, generated files
