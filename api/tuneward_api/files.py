@@ -60,6 +60,14 @@ class Parent(Record):
     base_digest: str
     artifact_uri: str = Field(description="pvc://CLAIM/PATH of its folder.")
     artifact_digest: str
+    whole: Literal[True] | None = Field(
+        None, description="It was trained whole: its own weights are what is gone on from, not an adapter."
+    )
+
+    @property
+    def starts_from(self) -> str:
+        """Address of the base model of a job that goes on from it."""
+        return f"{self.artifact_uri}/model" if self.whole else self.base_uri
 
 
 class Request(Record):
@@ -75,7 +83,7 @@ class Request(Record):
     @property
     def base_uri(self) -> str:
         """Address of the base model."""
-        return self.spec.model.uri if self.parent is None else self.parent.base_uri
+        return self.spec.model.uri if self.parent is None else self.parent.starts_from
 
     def uris(self) -> list[str]:
         """All that prepare reads from: the base model, the parent's files, the data."""

@@ -34,8 +34,9 @@ class ModelSource(Model):
 
     uri: ModelUri = Field(
         description="Where the base model is: hf://ORG/NAME[@REVISION] or pvc://CLAIM/PATH "
-        "(a folder with config.json and safetensors). Or model://NAME: a FineTunedModel of this namespace, to go on from "
-        "its adapter on its base model; what of spec.method has the adapter's shape is then the adapter's."
+        "(a folder with config.json and safetensors). Or model://NAME: a FineTunedModel of this namespace, to go on from: "
+        "one that was trained whole is the base model; an adapter is trained further on its base model, and what of "
+        "spec.method has its shape is then the adapter's. With method Full it is added to the base model's weights first."
     )
     secret_ref: SecretRef | None = Field(None, description="Secret with the key `token` for a gated hub model.")
 
@@ -53,12 +54,6 @@ def _trains_all(spec: Any) -> bool:
 
 _FULL_CEL = "!has(self.method) || !has(self.method.type) || self.method.type != 'Full'"
 FULL_RULES = (
-    Rule(
-        cel=f"{_FULL_CEL} || !self.model.uri.startsWith('model://')",
-        message="method.type Full starts from a base model, and model:// names an adapter to go on from; name a base "
-        "model's address in model.uri",
-        check=lambda s: not _trains_all(s) or not s.model.uri.startswith("model://"),
-    ),
     Rule(
         cel=f"{_FULL_CEL} || !has(self.serve)",
         message="method.type Full makes a base model of its own, which no ModelServer of another one can load; leave serve "

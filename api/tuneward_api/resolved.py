@@ -105,7 +105,7 @@ class Resolved(Model):
     """Every default chosen and every moving part pinned; copied once from the plan."""
 
     base: ResolvedBase = Field(description="The base model, pinned.")
-    parent: ParentModel | None = Field(None, description="The model whose adapter training goes on from.")
+    parent: ParentModel | None = Field(None, description="The model that training goes on from.")
     data: ResolvedData = Field(description="The data.")
     objective: ResolvedObjective = Field(SUPERVISED, description="What is learnt of the samples.")
     method: ResolvedMethod = Field(description="The method.")

@@ -34,6 +34,7 @@ class Finished:
             base_digest=base.digest,
             artifact_uri=f"pvc://{store_claim}/{self.adapter.sub_path}",
             artifact_digest=self.adapter.digest,
+            whole=self.adapter.whole or None,
         )
 
 

@@ -152,10 +152,9 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
         voice.line(f"  {scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}")
     model = Finished(plan, adapter).name
-    uri = f"pvc://{plan.request.store_claim}/{adapter.folder}" if adapter.whole else f"model://{model}"
     kind = "model" if adapter.whole else "adapter"
     voice.line(f"  {kind}: {path}")
-    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: {uri}")
+    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: model://{model}")
     voice.line(f"next: tuneward chat --store {place.store}")
     voice.result(
         {

@@ -126,16 +126,7 @@ def parent_of(place: Place, job: FineTuneJob) -> Parent | None:
             paste=f"tuneward train FILE --store {place.store}",
             code=ExitCode.INPUT_MISSING,
         )
-    chosen = known[uri.authority]
-    if chosen.adapter.whole:
-        own = f"pvc://{request_of(job).store_claim}/{chosen.adapter.folder}"
-        raise CommandError(
-            f"ConfigInvalid: spec.model.uri names {chosen.name}, a base model of its own, with no adapter to go on from; "
-            f"name its folder instead: {own}",
-            paste=f"tuneward train FILE --store {place.store}",
-            code=ExitCode.CONFIG_BAD,
-        )
-    return chosen.as_parent(request_of(job).store_claim)
+    return known[uri.authority].as_parent(request_of(job).store_claim)
 
 
 def skipped(loaded: Loaded, job: FineTuneJob) -> list[str]:

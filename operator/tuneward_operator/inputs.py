@@ -23,7 +23,7 @@ class Input(NamedTuple):
 
 def inputs_of(spec: FineTuneJobSpec, parent: Parent | None) -> Iterator[Input]:
     """The base model first. Of a model to go on from the base model and the adapter's files."""
-    models = [spec.model.uri] if parent is None else [parent.base_uri, parent.artifact_uri]
+    models = [spec.model.uri] if parent is None else [parent.starts_from, parent.artifact_uri]
     yield from (Input("spec.model.uri", parse_uri(uri)) for uri in models)
     for part, datasets in (("training", spec.datasets.training), ("validation", spec.datasets.validation or ())):
         for index, dataset in enumerate(datasets):

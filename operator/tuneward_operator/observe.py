@@ -236,15 +236,13 @@ def parent_of(owner: Owner, models: Cache[ResourceView]) -> tuple[Parent | None,
         where = ".".join(map(str, error.errors(include_url=False)[0]["loc"]))
         unread = f"FineTunedModel {name} (spec.model.uri) cannot be read at spec.{where}"
         return None, f"{unread}; is this operator older than the CRD?"
-    if spec.adapter is None:
-        own = f"FineTunedModel {name} (spec.model.uri) is a base model of its own, with no adapter to go on from"
-        return None, f"{own}; name its folder instead: {spec.artifact.uri}/model"
     parent = Parent(
         name=name,
         base_uri=spec.base.uri,
         base_digest=spec.base.digest,
         artifact_uri=spec.artifact.uri,
         artifact_digest=spec.artifact.digest,
+        whole=spec.adapter is None or None,
     )
     return parent, ""
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.cli.station import Station
+from tests.cli.station import Station, chats
 from tests.support.cluster import ROOT
 
 EXAMPLE = ROOT / "examples" / "full.yaml"
@@ -34,10 +34,12 @@ metadata: {{name: again}}
 spec:
   model: {{uri: "model://{report["model"]}"}}
   datasets: {{training: [{{uri: "pvc://tuneward-store/a.jsonl"}}]}}
+  method: {{type: Full}}
 """)
-    refused = station.tuneward("train", str(going_on), "--store", str(station.store))
-    assert refused.returncode == 78
-    assert f"name its folder instead: pvc://tuneward-store/tuned/sha256-{report['digest'][7:]}/model" in refused.stderr
+    (station.store / "a.jsonl").write_text(chats(8))
+    assert f"spec.model.uri: model://{report['model']}" in done.stderr
+    checked = station.tuneward("validate", str(going_on), "--store", str(station.store))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tests.support.wait import wait_for
 
 from tuneward_api.files import Parent, Request
 from tuneward_operator.cache import Cache
+from tuneward_operator.inputs import inputs_of
 from tuneward_operator.observe import parent_of
 from tuneward_operator.views import ResourceView, resource_view
 
@@ -44,10 +45,7 @@ def unready(reason: str) -> dict[str, Any]:
         ),
         (known(spec={"archived": True}), "is archived; set its spec.archived to false, or name another"),
         (known(status=unready("DigestMismatch")), "cannot be gone on from: it is DigestMismatch"),
-        (
-            known(spec={"adapter": None}),
-            "is a base model of its own, with no adapter to go on from; name its folder instead: pvc://tuneward-store/",
-        ),
+        (known(spec={"adapter": None}), ""),
         (known(spec={"base": {}}), "cannot be read at spec.base; is this operator older than the CRD?"),
     ],
 )
@@ -69,6 +67,16 @@ def test_what_is_pinned_of_it() -> None:
         artifact_digest=record["artifact"]["digest"],
     )
     assert parent_of(owner(), Cache()) == (None, "")
+
+
+def test_of_a_model_that_was_trained_whole_its_own_folder_is_needed_and_not_its_base_model() -> None:
+    job = owner(model={"uri": "model://elder"})
+    found, _ = parent_of(
+        job, known(spec={"adapter": None, "base": {**model(1).body["spec"]["base"], "uri": "pvc://old/base"}})
+    )
+    assert found is not None
+    assert (found.whole, found.starts_from) == (True, f"{found.artifact_uri}/model")
+    assert "old" not in {needed.uri.authority for needed in inputs_of(job.spec, found)}
 
 
 def elder(world: World) -> None:

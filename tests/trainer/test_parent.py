@@ -8,13 +8,18 @@ import shutil
 from typing import Any
 
 import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from tests.trainer.jobs import PREFERENCE, Gang, Job, make_job, make_pairs, train, written
+from transformers import LlamaForCausalLM
 
-from tuneward_api import names
+from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
 from tuneward_api.files import FinishReport, Parent
 from tuneward_api.finetunejob import Method
-from tuneward_trainer import finish, parent, rundir
+from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
+from tuneward_trainer import finish, models, parent, patches, prepare, rundir
 from tuneward_trainer.facts import examine
 from tuneward_trainer.models import Found
 from tuneward_trainer.report import EndError
@@ -67,6 +72,51 @@ def child(of: tuple[Job, Parent], name: str, *, hyper: dict[str, Any] | None = N
 def test_without_learning_it_is_the_parent(finished: tuple[Job, Parent]) -> None:
     job = train(child(finished, "same", hyper=NOTHING))
     assert job.adapter() == finished[0].adapter()
+
+
+def test_all_weights_begin_at_the_base_model_s_with_the_adapter_added(finished: tuple[Job, Parent]) -> None:
+    """On two ranks, as PEFT merges it; what is trained then is a model of its own that names no adapter."""
+    method = ResolvedMethod(type="Full", trainable_parameters=0)
+    packing = ResolvedPacking(mode="Packed", reason="", patches=list(patches.OF_WHOLE_MODELS))
+    job = train(child(finished, "whole", hyper=NOTHING, method=method, packing=packing), 2)
+    folder = job.run / str(job.results()[0].adapter_directory)
+    found = load_file(folder / "model/model.safetensors")
+    base = LlamaForCausalLM.from_pretrained(job.store / "models/tiny")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    filed = job.store / finished[1].artifact_uri.removeprefix("pvc://claim/")
+    expected = PeftModel.from_pretrained(base, str(filed / "adapter")).merge_and_unload().state_dict()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    assert any(not torch.equal(before[name], tensor) for name, tensor in found.items())
+    assert found.keys() == before.keys() - {"lm_head.weight"}
+    (first,), (last,) = job.results(), finished[0].results()
+    assert first.metrics.validation_loss_before == pytest.approx(last.metrics.validation_loss_after, rel=1e-5)
+    assert "peft" not in (folder / "model/config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "Full"])
+def test_a_model_that_was_trained_whole_is_the_base_model(finished: tuple[Job, Parent], kind: str) -> None:
+    """Its files are looked at as an adapter's are."""
+    job, model = finished
+    folder = job.store / f"tuned/{kind}"
+    shutil.copytree(job.store / "models/tiny", folder / "model")
+    (folder / "model/MANIFEST.json").unlink()
+    whole = model.model_copy(
+        update={
+            "whole": True,
+            "artifact_uri": f"pvc://claim/tuned/{kind}",
+            "artifact_digest": manifest.write_manifest(folder),
+        }
+    )
+    spec = job.plan.request.spec.model_copy(update={"method": Method.model_validate({"type": kind})})
+    request = job.plan.request.model_copy(update={"parent": whole, "spec": spec})
+    found = models.find(request.base_uri, places=places(job), store_claim="claim")
+    assert (found.sub_path, found.digest) == (f"tuned/{kind}/model", manifest.digest_of(manifest.scan(folder / "model")))
+    facts = examine(found.folder)
+    assert prepare.method_of(request, found, facts, places(job), job.run).type == kind
+    (folder / "model/config.json").write_text("{}")
+    with pytest.raises(EndError, match=r"are not at pvc://claim/tuned/.* as they were filed"):
+        prepare.method_of(request, found, facts, places(job), job.run)
 
 
 def test_its_first_validation_loss_is_the_parent_s_last(finished: tuple[Job, Parent]) -> None:

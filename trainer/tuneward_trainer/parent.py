@@ -1,7 +1,9 @@
-"""The FineTunedModel that a job goes on from: its adapter, taken into the run directory, is the state at step 0.
+"""The FineTunedModel that a job goes on from: its adapter, taken into the run directory, is the state at step 0; where all
+weights are to be trained, the base model's with the adapter added to them.
 
 Taken, not mounted: an adapter is small, and the job then depends neither on the model's record nor on its files, whatever
-becomes of them while it waits or trains.
+becomes of them while it waits or trains. A model that was trained whole is the job's base model, and is read in place as any
+other is.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from peft.utils.save_and_load import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
 
 from tuneward_api import manifest
 from tuneward_api.adapters import targets_of
@@ -23,7 +28,7 @@ from tuneward_api.resolved import ResolvedMethod
 from tuneward_api.uris import parse_uri
 from tuneward_trainer import endings
 from tuneward_trainer.facts import Facts
-from tuneward_trainer.model import ADAPTER, adapter_parameters
+from tuneward_trainer.model import ADAPTER, adapter_parameters, add_adapters
 from tuneward_trainer.models import Found
 from tuneward_trainer.report import config_bad, input_missing
 from tuneward_trainer.store import Places, make_directory
@@ -74,15 +79,9 @@ def _is_whole(folder: Path, parent: Parent) -> bool:
 
 def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMethod:
     """The adapter's own; dropout alone is free. Raises EndError where the job asks for another."""
-    config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
-    own: dict[str, Any] = {
-        # Which weights lie under a LoRA is no matter of its shape.
-        "type": "DoRA" if config.get("use_dora") else "QLoRA" if asked.type == "QLoRA" else "LoRA",
-        "rank": int(config["r"]),
-        "alpha": float(config["lora_alpha"]),
-        "rsLoRA": bool(config.get("use_rslora")),
-        "targetModules": targets_of(config),
-    }
+    own = _shape(folder)
+    # Which weights lie under a LoRA is no matter of its shape.
+    own["type"] = "QLoRA" if (asked.type, own["type"]) == ("QLoRA", "LoRA") else own["type"]
     wanted = asked.to_json()
     if "targetModules" in wanted:
         wanted["targetModules"] = sorted(set(wanted["targetModules"]))
@@ -92,15 +91,41 @@ def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMeth
                 f"spec.method.{field} is {json.dumps(wanted[field])}, and the adapter of FineTunedModel {name} has "
                 f"{json.dumps(value)}; leave spec.method.{field} out, or start from the base model"
             )
-    return ResolvedMethod(
-        type=own["type"],
-        rank=own["rank"],
-        alpha=own["alpha"],
-        dropout=asked.dropout or 0.0,
-        rs_lora=own["rsLoRA"],
-        target_modules=own["targetModules"],
-        trainable_parameters=adapter_parameters(facts.empty, own["targetModules"], own["rank"], dora=own["type"] == "DoRA"),
-    )
+    count = adapter_parameters(facts.empty, own["targetModules"], own["rank"], dora=own["type"] == "DoRA")
+    return ResolvedMethod.model_validate(own | {"dropout": asked.dropout or 0.0, "trainableParameters": count})
+
+
+def _shape(folder: Path) -> dict[str, Any]:
+    """Of the adapter, by the fields of spec.method."""
+    config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
+    return {
+        "type": "DoRA" if config.get("use_dora") else "LoRA",
+        "rank": int(config["r"]),
+        "alpha": float(config["lora_alpha"]),
+        "rsLoRA": bool(config.get("use_rslora")),
+        "targetModules": targets_of(config),
+    }
+
+
+def put_on(model: PreTrainedModel, parent: Parent, run: Path) -> None:
+    """Puts the parent's adapter on a model of which all else is trained; `merge` adds it to the weights. Raises
+    InputMissingError."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    method = ResolvedMethod.model_validate(_shape(run / FOLDER) | {"dropout": 0.0, "trainableParameters": 0})
+    load(add_adapters(model, method, seed=0, base_uri=parent.base_uri), parent, run)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def merge(part: nn.Module) -> None:
+    """Adds the adapters on Linears of this part of a model to their weights, and takes them off. In fp32: in bf16 most of an
+    update is lost in rounding."""
+    part.float()
+    for name, module in list(part.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            above, _, last = name.rpartition(".")
+            setattr(part.get_submodule(above), last, module.get_base_layer())
 
 
 def load(model: PeftModel, parent: Parent, run: Path) -> None:

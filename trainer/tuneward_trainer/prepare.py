@@ -193,14 +193,19 @@ def check_task(request: Request) -> None:
 
 
 def method_of(request: Request, base: models.Found, facts: Facts, places: Places, run: Path) -> ResolvedMethod:
-    """That of the model which the job goes on from, whose adapter is then below `run`; else the job's."""
-    asked = request.spec.method or Method()
+    """The job's; where it goes on from an adapter, which is then below `run`, that one's, unless all weights are trained."""
+    asked, claim = request.spec.method or Method(), request.store_claim
     if request.parent is None:
         return defaults.method(asked, facts)
     from tuneward_trainer import parent
 
-    folder = parent.take(request.parent, base, places=places, store_claim=request.store_claim, run=run)
-    return parent.method(asked, folder, facts, request.parent.name)
+    if request.parent.whole:
+        parent.filed(request.parent, places=places, store_claim=claim)
+        return defaults.method(asked, facts)
+    folder = parent.take(request.parent, base, places=places, store_claim=claim, run=run)
+    return (
+        defaults.method(asked, facts) if asked.type == "Full" else parent.method(asked, folder, facts, request.parent.name)
+    )
 
 
 def base_of(found: models.Found, facts: Facts, tokenizer: Tokenizer) -> Base:

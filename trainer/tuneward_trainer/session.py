@@ -162,7 +162,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
     shared = whole_model or memory.shares_base(prepared, model_dir, room, gang.world)
     gang = replace(gang, model_sharded=shared, optimizer_sharded=whole_model)
     if whole_model:
-        engine: Engine | ShardedEngine = whole_engine(plan, model_dir, gang, training)
+        engine: Engine | ShardedEngine = whole_engine(plan, model_dir, run, gang, training)
     else:
         engine = adapted_engine(plan, model_dir, run, gang, training)
     choice = rows_of(plan, model_dir, gang, room)
@@ -233,16 +233,18 @@ def adapted_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang, training:
             logger.info("the base model is sharded over %d ranks", gang.world)
     else:
         model = add(load_base(model_dir, gang.device, packed=prepared.method.type == "QLoRA"))
-    if plan.request.parent is not None:
+    if plan.request.parent is not None and not plan.request.parent.whole:
         parent.load(model, plan.request.parent, run)
     return Engine(model, weight_decay=hyper.weight_decay, max_grad_norm=hyper.max_grad_norm, idle=idle)
 
 
-def whole_engine(plan: Plan, model_dir: Path, gang: Gang, training: Documents) -> ShardedEngine:
-    """The base model, all of its text part to be trained, split over the gang."""
-    hyper = plan.prepared.hyperparameters
+def whole_engine(plan: Plan, model_dir: Path, run: Path, gang: Gang, training: Documents) -> ShardedEngine:
+    """The model that the job starts from, all of its text part to be trained, split over the gang."""
+    hyper, model = plan.prepared.hyperparameters, load_whole(model_dir, gang.device)
+    if plan.request.parent is not None and not plan.request.parent.whole:
+        parent.put_on(model, plan.request.parent, run)
     return ShardedEngine(
-        shard(load_whole(model_dir, gang.device), gang),
+        shard(model, gang, first=parent.merge),
         gang,
         weight_decay=hyper.weight_decay,
         max_grad_norm=hyper.max_grad_norm,

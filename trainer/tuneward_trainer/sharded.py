@@ -88,8 +88,11 @@ def _convert(module: torch.nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
-def shard(model: PreTrainedModel, gang: Gang) -> PreTrainedModel:
-    """Splits the model's parameters, as float32, over the gang; layer by layer, so that no device ever holds it whole."""
+def shard(
+    model: PreTrainedModel, gang: Gang, *, first: Callable[[torch.nn.Module], object] = torch.nn.Module.float
+) -> PreTrainedModel:
+    """Splits the model's parameters over the gang; layer by layer, so that no device ever holds it whole. `first` is done
+    with each part before, and leaves it in float32."""
     if not dist.is_initialized():
         backend = "nccl" if gang.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1)
@@ -97,9 +100,9 @@ def shard(model: PreTrainedModel, gang: Gang) -> PreTrainedModel:
     policy = MixedPrecisionPolicy()
     if gang.device.type == "cuda":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    for layer in decoder_layers(model):
-        _shard_one(layer.float(), mesh, policy)
-    _shard_one(model.float(), mesh, policy)
+    for part in (*decoder_layers(model), model):
+        first(part)
+        _shard_one(part, mesh, policy)
     return model
 
 

@@ -140,10 +140,11 @@ def _of_request(file: Path) -> Wanted:
     folder = models.find(request.base_uri, places=places, store_claim=claim).folder
     facts = examine(folder)
     method = spec.method or Method()
-    if request.parent is None:
+    filed = None if request.parent is None else parent.filed(request.parent, places=places, store_claim=claim)
+    if filed is None or request.parent is None or request.parent.whole or method.type == "Full":
         defaults.method(method, facts)
     else:
-        parent.method(method, parent.filed(request.parent, places=places, store_claim=claim), facts, request.parent.name)
+        parent.method(method, filed, facts, request.parent.name)
     hyper = spec.hyperparameters or Hyperparameters()
     return Wanted(
         model=folder,

@@ -5,7 +5,7 @@
     model/a<attempt>/MANIFEST.json
 
 Weights have the base model's dtype and names; all else that its folder holds is copied. The proof says, as an adapter's
-does, what the base model and this one give a few texts.
+does, what the model that the job started from and this one give a few texts.
 """
 
 from __future__ import annotations
