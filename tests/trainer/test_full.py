@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tuneward_api import manifest
 from tuneward_api.estimate import GIB, Data, Setup, memory
-from tuneward_api.files import Proof
+from tuneward_api.files import Proof, SavedCheckpoint
 from tuneward_api.resolved import ResolvedPacking
 from tuneward_api.shape import Shape
 from tuneward_trainer import patches, verify
@@ -278,6 +279,24 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path: Path) -> None:
         saver.save(snapshot(6))
         assert isinstance(saver.wait(), OSError)
     assert [entry.name for entry in (tmp_path / "checkpoints").iterdir()] == ["step-00000003.a1"]
+    assert newest_step(tmp_path) == 3
+
+
+class Left(Crew):
+    """Whose other ranks are killed when the leader has completed a checkpoint."""
+
+    def gather(self, make: Callable[[], list[Any]]) -> list[Any]:
+        found = super().gather(make)
+        if isinstance(found[0], SavedCheckpoint):
+            raise OSError("Connection reset by peer")
+        return found
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_rank_that_is_killed_once_a_checkpoint_is_whole_does_not_cost_it(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, attempt=1, keep=2, facts=FACTS, crew=Left(0, 1, None))
+    saver.save(snapshot(3))
+    assert isinstance(saver.wait(), OSError)
     assert newest_step(tmp_path) == 3
 
 

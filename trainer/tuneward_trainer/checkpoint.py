@@ -284,9 +284,11 @@ class Saver:
                 prune(self._run, keep=self._keep, attempt=self._attempt, pinned=self.pinned)
         except Exception as error:  # noqa: BLE001 - safetensors raises its own kind for a full disk
             self._error = error if isinstance(error, OSError) else OSError(str(error))
-            if self._leads:
+            folder = _folder(self._run, snapshot.step, self._attempt)
+            # One that is whole stays: a rank that went away only was not told any more.
+            if self._leads and not manifest.complete(folder):
                 logger.error("checkpoint of step %d was not saved, the older one stays: %s", snapshot.step, error)
-                remove(_folder(self._run, snapshot.step, self._attempt))
+                remove(folder)
 
 
 def write_notes(saver: Saver, **notes: float) -> None:
