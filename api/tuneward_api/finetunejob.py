@@ -247,7 +247,8 @@ class RunPolicy(Model):
         ge=10,
         le=604_800,
         description="Longest time without a step while the leader answers; then the gang is taken down and goes on from its "
-        "newest checkpoint. Also the longest time that prepare or finish may stand still. Default: 1800.",
+        "newest checkpoint. Also the longest time that prepare, finish, or a gang that loads, evaluates or saves may "
+        "stand still. Default: 1800.",
     )
     active_deadline_seconds: Int | None = Field(
         None,

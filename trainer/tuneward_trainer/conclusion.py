@@ -92,9 +92,21 @@ def _guess(outcome: Outcome, failures: list[dict[str, Any]]) -> tuple[Reason, st
 
 
 def _write(plan: Plan, run: Path, folder: Path, reason: Reason, message: str, exit_code: int, *, replace: bool) -> Result:
-    """Makes the result of what the ranks last reported. A gang without a number leaves no file."""
+    """A gang without a number leaves no file."""
+    result = failed(plan, folder, reason, message, exit_code)
+    if not result.attempt:
+        return result
+    try:
+        return rundir.write_result(run, result, replace=replace)
+    except OSError as error:
+        logger.error("the result could not be written: %s", error)
+        return result
+
+
+def failed(plan: Plan, folder: Path, reason: Reason, message: str, exit_code: int) -> Result:
+    """Made of what the ranks last reported."""
     last = next(iter(read_ranks(folder)), {})
-    result = Result.model_validate(
+    return Result.model_validate(
         {
             **{key: last[key] for key in ("step", "steps", "checkpoint", "fromStep", "resume", "node") if key in last},
             "attempt": attempt_number(folder),
@@ -109,13 +121,6 @@ def _write(plan: Plan, run: Path, folder: Path, reason: Reason, message: str, ex
             "finishedAt": rundir.now(),
         }
     )
-    if not result.attempt:
-        return result
-    try:
-        return rundir.write_result(run, result, replace=replace)
-    except OSError as error:
-        logger.error("the result could not be written: %s", error)
-        return result
 
 
 def attempt_number(folder: Path) -> int:

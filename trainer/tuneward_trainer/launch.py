@@ -14,22 +14,26 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from http.server import ThreadingHTTPServer
 from pathlib import Path
 from types import FrameType
-from typing import Final
+from typing import Final, NoReturn
 
 from pydantic import ValidationError
 
 from tuneward_api import names
+from tuneward_api.conditions import Reason
 from tuneward_api.files import Plan, Result
 from tuneward_api.names import ExitCode
 from tuneward_trainer import nccl, rundir
-from tuneward_trainer.conclusion import Outcome, conclude, draw_losses, keep_logs, last_words
+from tuneward_trainer.conclusion import Outcome, conclude, draw_losses, failed, keep_logs, last_words
 from tuneward_trainer.machine import processors
 from tuneward_trainer.progress import ENV_HTTP_PORT, ENV_STATUS_DIR, serve
 from tuneward_trainer.report import start_logging
+from tuneward_trainer.standing import watched
 from tuneward_trainer.tracking import tracked
 
 SAVE_SECONDS: Final = names.GRACE_PERIOD_SECONDS - 15
@@ -67,14 +71,28 @@ def main(plan_path: Path) -> int:
     if known is not None:
         logger.info("attempt %d ended this plan already: %s", known.attempt, known.message)
         return report(known)
-    with status_folder() as folder, served(folder), tracked(plan, plan_path, folder, run) as tracking:
+    shape, seconds = shape_of(plan), nccl.hang_seconds(plan)
+    with (
+        status_folder() as folder,
+        served(folder),
+        watched(folder, shape.ranks_here, seconds, partial(leave_hung, plan, folder))
+        if shape.workers == 1
+        else nullcontext(),
+        tracked(plan, plan_path, folder, run) as tracking,
+    ):
         before = memory_kills()
-        outcome = launch(plan_path, folder, shape_of(plan), hang_seconds=nccl.hang_seconds(plan))
+        outcome = launch(plan_path, folder, shape, hang_seconds=seconds)
         result = conclude(plan, run, folder, outcome, out_of_memory=memory_kills() > before)
         keep_logs(run, folder, result.attempt)
         draw_losses(run, plan)
         result = result.model_copy(update={"trackers": tracking.end()})
     return report(result)
+
+
+def leave_hung(plan: Plan, folder: Path, sentence: str) -> NoReturn:
+    """Without a word to the run directory, whose volume does not answer."""
+    report(failed(plan, folder, Reason.HANG, sentence, ExitCode.TRY_AGAIN))
+    os._exit(ExitCode.TRY_AGAIN)
 
 
 def report(result: Result) -> int:

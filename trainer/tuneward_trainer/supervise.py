@@ -98,24 +98,24 @@ def _worked(child: BaseProcess, seconds: float) -> bool:
         if child.exitcode is not None:
             return True
         now = _work_of(child)
-        if now is None or before is None or _moved(before, now, LEAST_SHARE * seconds):
+        if now is None or before is None or moved(before, now, LEAST_SHARE * seconds):
             before, since = now, time.monotonic()
         elif time.monotonic() - since >= seconds:
             return False
 
 
-def _moved(before: tuple[float, bytes], now: tuple[float, bytes], least: float) -> bool:
+def moved(before: tuple[float, bytes], now: tuple[float, bytes], least: float) -> bool:
     # Less than before: a process has ended that somebody else reaped.
     return now[1] != before[1] or now[0] < before[0] or now[0] - before[0] >= least
 
 
 def _work_of(child: BaseProcess) -> tuple[float, bytes] | None:
     """Seconds on processors, and what the child told. None: /proc is not ours, and nothing can be said."""
-    family = _family(child.pid or 0)
-    return (sum(family.values()), _told[:]) if family else None
+    spent = family(child.pid or 0)
+    return (sum(spent.values()), _told[:]) if spent else None
 
 
-def _family(root: int) -> dict[int, float]:
+def family(root: int) -> dict[int, float]:
     """A child of ours and what descends from it: seconds on processors, also of what has ended and was waited for."""
     seconds: dict[int, float] = {}
     children: defaultdict[int, list[int]] = defaultdict(list)
@@ -138,11 +138,11 @@ def _end(child: BaseProcess) -> None:
     """Has it write where it stands, then kills it and what it started."""
     assert child.pid is not None
     # The signal may wake and end the child, and what it started is then nobody's.
-    family = _family(child.pid)
+    known = family(child.pid)
     with suppress(ProcessLookupError):
         os.kill(child.pid, signal.SIGUSR1)
     child.join(2)
-    for pid in family | _family(child.pid):
+    for pid in known | family(child.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     # One that waits for a device does not even end by this, and must not keep us.

@@ -94,6 +94,8 @@ def settle(session: Session, forward: Patched, clock: Clock, done: Done) -> None
     tell(session, facts, clock.tick(session.engine.step, facts["tokens"]))
     if evaluation_due(session):
         compare(session, forward)
+        # What comes next is a step, which may take as long as one may.
+        session.reporter.update(phase="Training", step=session.engine.step)
         clock.reset()
     if checkpoint_due(session):
         save(session)
