@@ -136,7 +136,7 @@ class Encoder:
         return [found or next(rest) for found in first]
 
     def _marked(self, text: Rendered, ids: NDArray[np.int32]) -> _Marked | None:
-        "None where offsets are needed."
+        """None where offsets are needed."""
         places = self._marks.places(text, ids) if self._marks is not None else None
         if places is None:
             return None

@@ -82,7 +82,7 @@ def _plain(messages: list[Any]) -> list[Weighed] | None:
         return None
     if not known or len(roles) < len(texts) or [text for text in texts if not text or text.isspace()]:
         return None
-    return [(message, int(role == "assistant")) for message, role in zip(messages, roles, strict=True)]
+    return list(zip(messages, [1 if role == "assistant" else 0 for role in roles], strict=True))
 
 
 def _weight(value: dict[str, Any], path: str, role: str) -> int:

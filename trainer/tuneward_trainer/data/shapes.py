@@ -92,7 +92,7 @@ class Shape:
 
     def rendered(self, texts: Sequence[str]) -> str:
         """What the template makes of them if it does no more than copy."""
-        return _woven(self.around, texts)
+        return "".join(_woven(self.around, texts))
 
     def frame(self, turns: Sequence[int]) -> Frame:
         """With the learnt `turns`."""
@@ -109,18 +109,19 @@ class Frame:
 
     def rendered(self, texts: Sequence[str]) -> str:
         """All of it, with the texts in their places."""
-        return _woven(self.around, texts)
+        return "".join(_woven(self.around, texts))
 
     def spans(self, texts: Sequence[str]) -> tuple[Span, ...]:
         """Where the learnt turns stand in `rendered(texts)`."""
-        ends = list(accumulate([len(part) + len(text) for part, text in zip(self.around, texts, strict=False)]))
-        return tuple([(ends[turn] - len(texts[turn]) - before, ends[turn] + after) for turn, before, after in self.learnt])
+        ends = list(accumulate(map(len, _woven(self.around, texts))))
+        return tuple([(ends[2 * turn] - before, ends[2 * turn + 1] + after) for turn, before, after in self.learnt])
 
 
-def _woven(around: Sequence[str], texts: Sequence[str]) -> str:
+def _woven(around: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """By turns."""
     parts = [""] * (len(around) + len(texts))
     parts[::2], parts[1::2] = around, texts
-    return "".join(parts)
+    return parts
 
 
 class Shapes:
@@ -137,6 +138,7 @@ class Shapes:
         self._render = render
         self._prove = prove
         self._minded = minded(source)
+        self._marks = {mark[0] for text in self._minded if (mark := _MARK.search(text))}
         self._copies_only = copies_only(source)
         self._known: dict[Roles, Shape | None] = {}
         self._proved: dict[Roles, Shape] = {}
@@ -182,9 +184,10 @@ class Shapes:
         """Whether nothing suggests that a template does more with the texts than copy them: many trim, some read marks."""
         if "" in texts or [text for text in texts if text.strip() != text]:
             return False
-        # No mark reaches from one text into the next.
+        # No mark reaches from one text into the next. A single character is found much sooner.
         together = "\0".join(texts)
-        return not (_MARK.search(together) and any(mark in together for mark in self._minded))
+        marked = [mark for mark in self._marks if mark in together]
+        return not (marked and any(text in together for text in self._minded))
 
     def _shape(self, roles: Roles) -> Shape | None:
         if roles not in self._known:
