@@ -95,7 +95,7 @@ def test_killed_and_resumed_it_is_the_same_to_the_byte(pair: Job, moment: str) -
     gang = Gang(job, 2)
     if moment == "reference":
         # Not before: a rank that is gone while groups are made is noticed by its launcher alone, which there is none of here.
-        gang.until(lambda: phase(job) == "Evaluating")
+        gang.until(lambda: phase(job) not in ("", "Starting", "Loading"))
     else:
         gang.until(lambda: any(map(manifest.complete, (job.run / "checkpoints").glob("*"))))
     gang.processes[1].kill()
