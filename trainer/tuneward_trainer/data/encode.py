@@ -26,7 +26,7 @@ from tuneward_trainer.data.templates import Held, chat_template, quick_template
 
 Offsets: TypeAlias = list[tuple[int, int]]
 _WORDS: Final = 100_000
-"""Words whose tokens a process remembers: some 20 MB."""
+"""Words whose tokens a process remembers: some 20 MB, for a sixth less time where there are many (docs/measurements.md)."""
 
 
 class SampleEncoder(Protocol):
