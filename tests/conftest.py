@@ -24,7 +24,7 @@ gc.set_threshold(50_000)
 os.environ.setdefault("GOGC", "400")
 
 
-FIRST = ("tests/e2e/", "tests/local/")
+FIRST = ("tests/e2e/", "tests/local/", "tests/trainer/test_workstation_runs.py", "tests/trainer/test_supervise.py")
 """Where the longest tests are: begun last, they would be waited for."""
 
 
