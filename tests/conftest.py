@@ -26,35 +26,10 @@ os.environ.setdefault("GOGC", "400")
 
 FIRST = ("tests/e2e/", "tests/local/", "tests/trainer/test_workstation_runs.py", "tests/trainer/test_supervise.py")
 """Where the longest tests are: begun last, they would be waited for."""
-BETWEEN = 4
-"""Files for each cluster of tests/local: its tests wait for much, and these compute meanwhile."""
-
-
-def scope(nodeid: str) -> str:
-    """What is tested by one process: all that uses one cluster, otherwise one file."""
-    file, _, test = nodeid.partition("::")
-    name = Path(file).stem
-    if file.startswith("tests/e2e/") and name != "test_interrupt":
-        return "the demo's cluster"
-    if file.startswith("tests/local/"):
-        user = next((word for word in re.split(r"\W", test.partition("[")[2]) if word), "")
-        cluster = {"test_faults": "broken", "test_runtime": "one way"}.get(name, "shared")
-        return f"{cluster}, of {user}"
-    return file
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
-    scopes: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        scopes.setdefault(scope(item.nodeid), []).append(item)
-    chains, clusters, files = [], [], []
-    for found in scopes.values():
-        folder = found[0].nodeid.split("/")[1]
-        (chains if folder == "e2e" else clusters if folder == "local" else files).append(found)
-    for place, cluster in enumerate(clusters):
-        files.insert(place * (BETWEEN + 1), cluster)
-    items[:] = [item for found in (*chains, *files) for item in found]
 
 
 class ByCluster(LoadScopeScheduling):
@@ -64,7 +39,15 @@ class ByCluster(LoadScopeScheduling):
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return scope(nodeid)
+        file, _, test = nodeid.partition("::")
+        name = Path(file).stem
+        if file.startswith("tests/e2e/") and name != "test_interrupt":
+            return "the demo's cluster"
+        if file.startswith("tests/local/"):
+            user = next((word for word in re.split(r"\W", test.partition("[")[2]) if word), "")
+            cluster = {"test_faults": "broken", "test_runtime": "one way"}.get(name, "shared")
+            return f"{cluster}, of {user}"
+        return file
 
     def remove_node(self, node: Any) -> str | None:
         """A test whose process ended has failed; xdist would begin it again and again."""
