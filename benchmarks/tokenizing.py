@@ -1,9 +1,10 @@
 """How fast files become tokens and masks, against what `tokenizers` alone gives on the same processors.
 
-    python benchmarks/tokenizing.py [--megabytes 100] [--rounds 3]
+    python benchmarks/tokenizing.py [--of talks|files] [--megabytes 100] [--rounds 3]
 
-The data are the conversations of examples/chitchat, over and over, with a number in each so that none is a copy; the model
-is SmolLM2's tokenizer and chat template. Two contestants, in turns, so that a busy machine slows both:
+The data are the conversations of examples/chitchat, over and over, with a number in each so that none is a copy; or, since
+both contestants remember words and talks that come again hold no new ones, the Python files of this environment, each once.
+The model is SmolLM2's tokenizer and chat template. Two contestants, in turns, so that a busy machine slows both:
 
     tokenizers  the texts, already rendered, in batches of 512: `encode_batch_fast`, which knows no offsets, on all
                 processors
@@ -23,6 +24,7 @@ import os
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -42,19 +44,20 @@ BATCH: Final = 512
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--of", choices=("talks", "files"), default="talks", help="what the data are")
     parser.add_argument("--megabytes", type=int, default=100, metavar="N", help="size of the data")
     parser.add_argument("--rounds", type=int, default=3, metavar="N")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="tuneward-benchmark-") as name:
-        compare(Path(name), options.megabytes, options.rounds)
+        compare(Path(name), options.of, options.megabytes, options.rounds)
 
 
-def compare(folder: Path, megabytes: int, rounds: int) -> None:
+def compare(folder: Path, of: str, megabytes: int, rounds: int) -> None:
     from transformers import AutoTokenizer  # prepare's processes have a main module that imports nothing
 
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    file, texts = data(folder, megabytes << 20, tokenizer)
-    print(f"{megabytes} MB of conversations, {processors()} processors")
+    file, texts = talks(folder, megabytes << 20, tokenizer) if of == "talks" else files(folder, megabytes << 20)
+    print(f"{file.stat().st_size >> 20} MB of {of}, {processors()} processors")
     measurements = []
     for number in range(1, rounds + 1):
         alone = measured(lambda: tokenizers(tokenizer, texts))
@@ -94,15 +97,27 @@ def measured(work: Callable[[], int]) -> Measured:
     return Measured(tokens, time.perf_counter() - wall, sum(os.times()[:4]) - cpu)
 
 
-def data(folder: Path, size: int, tokenizer: Any) -> tuple[Path, list[str]]:
+def files(folder: Path, size: int) -> tuple[Path, list[str]]:
+    """The file, and each of its texts."""
+    file, texts, written = folder / "many.jsonl", [], 0
+    with file.open("w") as output:
+        for path in sorted(Path(sysconfig.get_path("purelib")).rglob("*.py")):
+            text = path.read_text(errors="replace").strip()
+            if text and written <= size:
+                written += output.write(json.dumps({"text": text}) + "\n")
+                texts.append(text)
+    return file, texts
+
+
+def talks(folder: Path, size: int, tokenizer: Any) -> tuple[Path, list[str]]:
     """The file, and each of its conversations as the model's template renders it."""
     subprocess.run([sys.executable, str(ROOT / "examples/chitchat/make.py"), str(folder), "--held-out", "1"], check=True)
     lines = (folder / "training.jsonl").read_text().splitlines()
-    talks = [json.loads(line)["messages"] for line in lines]
-    bare = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in talks]
+    chats = [json.loads(line)["messages"] for line in lines]
+    bare = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in chats]
     file, texts, written = folder / "many.jsonl", [], 0
     with file.open("w") as output:
-        for index, messages, text in numbered(talks, bare):
+        for index, messages, text in numbered(chats, bare):
             first = messages[0]["content"]
             line = json.dumps({"messages": [{"role": "user", "content": f"{index} {first}"}, *messages[1:]]}) + "\n"
             output.write(line)
@@ -113,10 +128,10 @@ def data(folder: Path, size: int, tokenizer: Any) -> tuple[Path, list[str]]:
     raise AssertionError("talks never end")
 
 
-def numbered(talks: list[Any], texts: list[str]) -> Iterator[tuple[int, Any, str]]:
+def numbered(chats: list[Any], texts: list[str]) -> Iterator[tuple[int, Any, str]]:
     index = 0
     while True:
-        for messages, text in zip(talks, texts, strict=True):
+        for messages, text in zip(chats, texts, strict=True):
             yield index, messages, text
             index += 1
 
@@ -137,7 +152,7 @@ def prepared(folder: Path, file: Path, tokenizer: Any) -> int:
         training=[Source("chats.jsonl", file)],
         validation=[],
         encoder=Encoder(tokenizer, "Assistant"),
-        limits=Limits(8192, "Truncate"),
+        limits=Limits(1 << 20, "Truncate"),
     )
     return summary.tokens
 

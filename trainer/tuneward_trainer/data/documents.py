@@ -55,9 +55,14 @@ _PENDING: Final = 8192
 """Entries of the index that are written at once."""
 
 
-def ids_of(numbers: Sequence[int]) -> NDArray[np.int32]:
-    """A tokenizer's list as the files hold it, int32 [length]; numpy by itself takes twice as long."""
-    return np.frombuffer(struct.pack(f"<{len(numbers)}i", *numbers), _COLUMNS["ids"][1])
+def packed(numbers: Sequence[int]) -> bytes:
+    """A tokenizer's list as the files hold it; numpy takes twice as long."""
+    return struct.pack(f"<{len(numbers)}i", *numbers)
+
+
+def ids_of(numbers: Sequence[int] | bytes) -> NDArray[np.int32]:
+    """A tokenizer's list, or what is packed already, as int32 [length]."""
+    return np.frombuffer(numbers if isinstance(numbers, bytes) else packed(numbers), _COLUMNS["ids"][1])
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Final, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,10 +23,9 @@ from tuneward_trainer.data.plans import Places
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, Rendered, Renderer
 from tuneward_trainer.data.templates import Held, chat_template, quick_template
+from tuneward_trainer.data.words import Words
 
 Offsets: TypeAlias = list[tuple[int, int]]
-_WORDS: Final = 100_000
-"""Words whose tokens a process remembers: some 20 MB, for a sixth less time where there are many (docs/measurements.md)."""
 
 
 class SampleEncoder(Protocol):
@@ -89,6 +88,7 @@ class Encoder:
         # Tokenizers of the SentencePiece kind put a space before whatever they encode: parts cannot be joined.
         self._joins = tokenizer.decode([*self._alone("x"), *self._alone("y")]) == "xy"
         self._marks = Marks.of(tokenizer, self._stops, self._tails) if self._joins else None
+        self._words = Words.of(tokenizer) if self._marks is not None else None
 
     def __getstate__(self) -> tuple[dict[str, Any], bool]:
         """What is proved before it goes to other processes need not be proved in each."""
@@ -97,9 +97,6 @@ class Encoder:
 
     def __setstate__(self, state: tuple[dict[str, Any], bool]) -> None:
         self.__dict__, self._backend.encode_special_tokens = state[0], state[1]
-        # This process is for much data and the tokenizer its own: of what people write, 10,000 words are soon full.
-        if (resize := getattr(self._backend.model, "_resize_cache", None)) is not None:
-            resize(_WORDS)
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """One entry for each sample: its documents, or what is wrong with it."""
@@ -146,6 +143,8 @@ class Encoder:
 
     def _ids(self, texts: list[str]) -> list[NDArray[np.int32]]:
         """The same ids as `_plain` gives, without offsets."""
+        if self._words is not None:
+            return self._words.ids(texts)
         found = self._backend.encode_batch_fast(texts, add_special_tokens=False) if texts else []
         return [ids_of(one.ids) for one in found]
 

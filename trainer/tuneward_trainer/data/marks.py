@@ -150,18 +150,18 @@ class _Marked:
 
 def _is_plain(backend: Any) -> bool:
     """Whether it is BPE on bytes that puts nothing before a text and at most composes it."""
-    before = _described(backend.pre_tokenizer)
+    before = described(backend.pre_tokenizer)
     steps = before.get("pretokenizers", [before])
     on_bytes = [step for step in steps if step.get("type") == "ByteLevel"]
     return (
         type(backend.model).__name__ == "BPE"
-        and _described(backend.normalizer) in ({}, {"type": "NFC"})
+        and described(backend.normalizer) in ({}, {"type": "NFC"})
         and len(on_bytes) == 1
         and on_bytes[0] is steps[-1]
         and not on_bytes[0]["add_prefix_space"]
     )
 
 
-def _described(part: Any) -> dict[str, Any]:
+def described(part: Any) -> dict[str, Any]:
     """What stands in tokenizer.json of a part of a tokenizer: all of that file is megabytes of words."""
     return dict(json.loads(part.__getstate__())) if part is not None else {}
