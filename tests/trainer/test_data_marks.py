@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.trainer.spaced import spaced
 from tests.trainer.templates import templated
 from tests.trainer.test_data_shapes import conversation
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -29,9 +30,9 @@ def said(dice: random.Random, count: int = 4) -> str:
     return "".join(dice.choices(WORDS, k=count))
 
 
-@pytest.mark.parametrize("name", ["llama3_1", "phi3", "qwen3", "qwen2_5", "qwen3_5_think"])
+@pytest.mark.parametrize("name", ["llama3_1", "phi3", "qwen3", "qwen2_5", "qwen3_5_think", "gemma3"])
 def test_places_by_marks_are_those_by_offsets(plain: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = templated(plain, name)
+    tokenizer = templated(plain if name != "gemma3" else spaced(), name)
     quick = Encoder(tokenizer, "Assistant")
     monkeypatch.setattr(Marks, "of", lambda *_: None)
     by_offsets = Encoder(tokenizer, "Assistant")
@@ -120,7 +121,7 @@ class _Wrapped:
         self.added_tokens_decoder = backend.get_added_tokens_decoder()
 
 
-@pytest.mark.parametrize("change", ["nothing", "prefix", "normalizer", "no bytes", "strips", "composes"])
+@pytest.mark.parametrize("change", ["nothing", "prefix", "normalizer", "no bytes", "strips", "composes", "spaced"])
 def test_which_tokenizers_are_read_so(change: str) -> None:
     backend = Tokenizer(models.BPE())
     backend.decoder = decoders.ByteLevel()
@@ -131,10 +132,15 @@ def test_which_tokenizers_are_read_so(change: str) -> None:
         backend.normalizer = normalizers.Lowercase()
     if change == "composes":
         backend.normalizer = normalizers.NFC()
+    if change == "spaced":
+        backend.normalizer, backend.pre_tokenizer = (
+            normalizers.Replace(" ", "▁"),
+            pre_tokenizers.Split(" ", "merged_with_previous"),
+        )
     backend.add_special_tokens([AddedToken(END, rstrip=change == "strips")])
     found = Marks.of(_Wrapped(backend), {0}, Tails(lambda text: []))
-    assert (found is not None) == (change in ("nothing", "composes"))
+    assert (found is not None) == (change in ("nothing", "composes", "spaced"))
     if found is not None:
         assert found.places(Rendered(f"e\u0301{END}", ((0, 12),)), ids_of([1, 0])) == (
-            Places([[0, 2]], [True]) if change == "nothing" else None
+            Places([[0, 2]], [True]) if change != "composes" else None
         )

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.trainer.spaced import spaced
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from tuneward_trainer.data import words
-from tuneward_trainer.data.words import WORTH, Words
+from tuneward_trainer.data.words import Words
 
 LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -71,7 +72,8 @@ def own(smollm2: Path) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def _unchanged(own: Any) -> Iterator[None]:
+def _unchanged(own: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(words, "WORTH", 4096)
     backend = own.backend_tokenizer
     before = backend.pre_tokenizer
     yield
@@ -79,7 +81,7 @@ def _unchanged(own: Any) -> Iterator[None]:
     backend.model.dropout = None
 
 
-def written(seed: str, count: int = 300) -> list[str]:
+def written(seed: str, count: int = 100) -> list[str]:
     """Texts that are ASCII, that are not, that are not composed, and with a character on which engines disagree."""
     dice = random.Random(seed)
     pools = PLAIN, (*PLAIN, *FOREIGN), (*PLAIN, *FOREIGN, "e\u0301"), (*FOREIGN, NEW)
@@ -91,7 +93,7 @@ def whole(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 
 def by_words(made: Words | None, texts: list[str]) -> list[list[int]]:
-    assert made is not None and sum(map(len, texts)) >= WORTH
+    assert made is not None and sum(map(len, texts)) >= words.WORTH
     found = [ids.tolist() for ids in made.ids(texts)]
     assert made._proved
     return found
@@ -112,6 +114,22 @@ def test_words_are_the_tokens_of_the_whole(own: Any, name: str, composes: bool) 
     assert by_words(again, texts[::-1]) == whole(own, texts[::-1])
 
 
+def test_words_where_a_space_is_a_character(own: Any) -> None:
+    tokenizer = spaced()
+    made, texts = Words.of(tokenizer), written("spaced")
+    texts += [text.replace(" ", "▁", 3) for text in texts[:40]]
+    assert by_words(made, texts) == whole(tokenizer, texts)
+    assert made is not None and [made._words(text) is None for text in texts] == ["▁" in text for text in texts]
+
+
+def test_tokens_that_reach_into_the_next_word(own: Any) -> None:
+    tokenizer, texts = spaced(across=True), written("across")
+    made = Words.of(tokenizer)
+    assert made is not None
+    assert [ids.tolist() for ids in made.ids(texts)] == whole(tokenizer, texts)
+    assert made._proved is False
+
+
 def test_what_is_remembered_is_bounded(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     made, texts = Words.of(own), written("bounded")
     assert made is not None
@@ -125,7 +143,7 @@ def test_texts_of_new_words_go_to_the_tokenizer_whole(own: Any) -> None:
     made, dice = Words.of(own), random.Random(0)
     assert made is not None
     for number in range(words._REST + 3):
-        texts = ["".join(dice.choices("abcdefgh ", k=400)) for _ in range(330)]
+        texts = ["".join(dice.choices("abcdefgh ", k=400)) for _ in range(40)]
         assert by_words(made, texts) == whole(own, texts)
         assert made._resting == (words._REST - number) % (words._REST + 1)
 

@@ -4,8 +4,8 @@ A tokenizer cuts a text at its added tokens (<|im_end|> and the like) before any
 them has the tokens that it has alone. The added tokens are found in the text and among the ids; both rows must be the same,
 and what stands between one of them and the place that is looked for must begin with the tokens that it has alone. That costs
 a fraction of what offsets do, which are an object for each token. Only tokenizers of which all of this holds are read so:
-BPE on bytes that changes nothing of a text (but to compose it, which most texts are) and puts no space before it. Wherever
-a place is not found so, offsets tell.
+BPE on bytes that changes nothing of a text (but to compose it, which most texts are) and puts no space before it, and BPE on
+characters with ▁ for a space, as Gemma has it. Wherever a place is not found so, offsets tell.
 """
 
 from __future__ import annotations
@@ -25,6 +25,11 @@ from tuneward_trainer.data.plans import Added, Places, Plan, planned
 from tuneward_trainer.data.render import Rendered
 from tuneward_trainer.data.shapes import Frame
 
+SPACE: Final = "▁"
+"""What stands for a space where tokens are of characters (SentencePiece)."""
+_SPACED: Final = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PARTS_NOTHING: Final = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+"""Gemma's, as no space is left by then."""
 _TAILS: Final = 4096
 """Texts behind an added token whose tokens are remembered."""
 _PLANS: Final = 4096
@@ -67,12 +72,13 @@ class Marks:
         """None where the tokenizer is not of the kind that this holds for."""
         added = {int(number): token for number, token in tokenizer.added_tokens_decoder.items()}
         plain = not any(token.lstrip or token.rstrip or token.single_word for token in added.values())
-        normalizer = tokenizer.backend_tokenizer.normalizer
-        if not added or not plain or not stops <= added.keys() or not _is_plain(tokenizer.backend_tokenizer):
+        backend = tokenizer.backend_tokenizer
+        is_known = type(backend.model).__name__ == "BPE" and (_is_on_bytes(backend) or spaces_alone(backend))
+        if not added or not plain or not stops <= added.keys() or not is_known:
             return None
         special = {number for number, token in added.items() if token.special}
         texts = {number: token.content for number, token in added.items()}
-        return cls(texts, stops, special, tails, composes=normalizer is not None)
+        return cls(texts, stops, special, tails, composes=composes(backend))
 
     def places(self, text: Rendered, ids: NDArray[np.int32]) -> Places | None:
         """Of the spans of the text; None where one cannot be told so."""
@@ -148,14 +154,23 @@ class _Marked:
         return first + len(tail)
 
 
-def _is_plain(backend: Any) -> bool:
-    """Whether it is BPE on bytes that puts nothing before a text and at most composes it."""
+def composes(backend: Any) -> bool:
+    """Whether it brings texts into NFC."""
+    return described(backend.normalizer) == {"type": "NFC"}
+
+
+def spaces_alone(backend: Any) -> bool:
+    """Whether all it does to a text is to write a space in another way: it parts texts at added tokens only."""
+    return described(backend.normalizer) == _SPACED and described(backend.pre_tokenizer) in ({}, _PARTS_NOTHING)
+
+
+def _is_on_bytes(backend: Any) -> bool:
+    """Whether it encodes bytes, puts nothing before a text and at most composes it."""
     before = described(backend.pre_tokenizer)
     steps = before.get("pretokenizers", [before])
     on_bytes = [step for step in steps if step.get("type") == "ByteLevel"]
     return (
-        type(backend.model).__name__ == "BPE"
-        and described(backend.normalizer) in ({}, {"type": "NFC"})
+        (backend.normalizer is None or composes(backend))
         and len(on_bytes) == 1
         and on_bytes[0] is steps[-1]
         and not on_bytes[0]["add_prefix_space"]

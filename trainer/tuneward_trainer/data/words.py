@@ -3,7 +3,8 @@
 A tokenizer of the kind that marks.py reads cuts a text at its added tokens, what stands between them by regular expressions
 into words, and encodes each word alone, whatever stands around it. So a word is asked of it once and remembered, and the
 cutting is done here: most of what `tokenizers` takes goes into objects for words that it knows, and Python's `re` takes a
-fraction of that.
+fraction of that. A tokenizer with ▁ for a space cuts nothing, but where none of its tokens has a ▁ behind something else,
+none reaches into the next word either.
 
 That both cut alike is proved and not believed. Two engines of one regular expression may count a character to different
 classes (Unicode grows every year), or make something else of a row of classes. Rows are tried before the first large batch,
@@ -27,7 +28,7 @@ import regex
 from numpy.typing import NDArray
 
 from tuneward_trainer.data.documents import ids_of, packed
-from tuneward_trainer.data.marks import described
+from tuneward_trainer.data.marks import SPACE, composes, described, spaces_alone
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ WORTH: Final = 1 << 17
 """Characters of a batch from which on it is worth the proof, which takes a tenth of a second."""
 _BYTE_LEVEL: Final = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` cuts by, GPT-2's (tokenizers, pre_tokenizers/byte_level.rs)."""
+_SPACED: Final = " *[^ ]+| +"
+"""Words where a space is a character like others."""
 _ATOM: Final = re.compile(r"\\[pP]\{\w+\}|\\.|\[|\]", re.DOTALL)
 _FOREIGN: Final = re.compile(r"[^\x00-\x7f]+")
 _HELD: Final = 32 << 20
@@ -57,12 +60,12 @@ _TRIED: Final = 256
 
 class Words:
     """`added`: the tokenizer's added tokens and their ids, those that are looked for first in front; `expressions`: by which
-    it parts what stands between them, one after the other; `composes`: it brings texts into NFC."""
+    it parts what stands between them, one after the other, or has no token that reaches across, if `spaced`."""
 
     def __init__(
-        self, backend: Any, added: Sequence[Mapping[str, int]], expressions: Sequence[str], *, composes: bool
+        self, backend: Any, added: Sequence[Mapping[str, int]], expressions: Sequence[str], *, spaced: bool
     ) -> None:
-        self._backend, self._composes = backend, composes
+        self._backend, self._spaced, self._composes = backend, spaced, composes(backend)
         self._added = {token: packed([number]) for tokens in added for token, number in tokens.items()}
         # The first alternative that fits is taken, so the longest stands first: as tokenizers chooses.
         longest = [sorted(tokens, key=len, reverse=True) for tokens in added if tokens]
@@ -79,7 +82,8 @@ class Words:
     def of(cls, tokenizer: Any) -> Self | None:
         """Of a tokenizer that marks.py reads, None where its words cannot be told or encoded so."""
         backend = tokenizer.backend_tokenizer
-        expressions = _expressions(described(backend.pre_tokenizer))
+        spaced = spaces_alone(backend)
+        expressions = [_SPACED] if spaced else _expressions(described(backend.pre_tokenizer))
         if not expressions or backend.encode_special_tokens or backend.model.dropout:
             return None
         tokens = tokenizer.added_tokens_decoder.items()
@@ -89,7 +93,7 @@ class Words:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", FutureWarning)  # of sets in sets, which not every engine knows
-                return cls(backend, kinds, expressions, composes=backend.normalizer is not None)
+                return cls(backend, kinds, expressions, spaced=spaced)
         except (re.error, regex.error, FutureWarning):
             return None
 
@@ -151,6 +155,8 @@ class Words:
 
     def _agree(self, text: str) -> bool:
         """Whether both cut alike at each character of a text."""
+        if self._spaced:
+            return SPACE not in text
         met = set("".join(_FOREIGN.findall(text)))
         for char in met - self._agreed - self._odd:
             (self._agreed if self._is_cut_alike(char.join(_NEIGHBOURS) + 2 * char) else self._odd).add(char)
@@ -162,6 +168,8 @@ class Words:
         return spans == list(zip([0, *ends], ends, strict=False))
 
     def _prove(self) -> bool:
+        if self._spaced and any(SPACE in token.lstrip(SPACE) for token in self._backend.get_vocab(with_added_tokens=False)):
+            return False
         dice = random.Random(0)
         kinds = [*_ROWS, *list(self._added)[:8]]
         plain = [kind for kind in kinds if kind.isascii()]
