@@ -44,7 +44,7 @@ def room(tmp_path: Path, smollm2: Path, monkeypatch: pytest.MonkeyPatch) -> Room
 @pytest.fixture
 def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of the patches takes seconds and has its own tests."""
-    monkeypatch.setattr(prepare, "verify", lambda found, method, *, compiling: UNVERIFIED)
+    monkeypatch.setattr(prepare, "verify", lambda found, method, **_: UNVERIFIED)
 
 
 @pytest.fixture(scope="session")

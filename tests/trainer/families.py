@@ -39,6 +39,7 @@ PACKED: Final[dict[str, PreTrainedConfig]] = {
     "gemma3_text": transformers.Gemma3TextConfig(),
     "gemma3": transformers.Gemma3Config(),
     "gemma4_text": transformers.Gemma4TextConfig(),
+    "gemma4_text, shared keys": transformers.Gemma4TextConfig(num_kv_shared_layers=10),
     "gemma4": transformers.Gemma4Config(),
     "phi": transformers.PhiConfig(),
     "phi3": transformers.Phi3Config(),
@@ -56,7 +57,7 @@ PACKED: Final[dict[str, PreTrainedConfig]] = {
     "glm4_moe": transformers.Glm4MoeConfig(),
     "deepseek_v3": transformers.DeepseekV3Config(),
     "falcon": transformers.FalconConfig(),
-    "lfm2": transformers.Lfm2Config(),
+    "gptj": transformers.GPTJConfig(),
     "starcoder2": transformers.Starcoder2Config(),
 }
 """Right with every patch."""
@@ -70,8 +71,18 @@ ONE_DOCUMENT: Final[dict[str, PreTrainedConfig]] = {
     "qwen3_5": transformers.Qwen3_5Config(),
     "qwen3_5_text": transformers.Qwen3_5TextConfig(),
     "qwen3_next": transformers.Qwen3NextConfig(),
+    # Nor does this state, or the convolution before it, and nobody says so.
+    "lfm2": transformers.Lfm2Config(layer_types=["conv", "full_attention"] * 16),
+    "granitemoehybrid": transformers.GraniteMoeHybridConfig(),
+    "falcon_mamba": transformers.FalconMambaConfig(),
 }
 """Right with every patch but packing."""
+
+READS_BOTH_WAYS: Final[dict[str, PreTrainedConfig]] = {
+    "bert": transformers.BertConfig(),
+    "electra": transformers.ElectraConfig(),
+}
+"""Encoders, under a head that writes."""
 
 
 def served_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tests.trainer.families import ONE_DOCUMENT, PACKED, examine, served_class
+from tests.trainer.families import ONE_DOCUMENT, PACKED, READS_BOTH_WAYS, examine, served_class
 from tests.trainer.jobs import make_model, tiny_config
 from tests.trainer.quantised import to_fp8, to_mxfp4
 
@@ -42,6 +43,32 @@ def test_a_family_that_cannot_be_packed_gets_one_document_a_forward(family: str)
     assert verdict.mode == "OneDocument"
     assert verdict.patches == [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
     assert verdict.reason
+
+
+@pytest.mark.parametrize("family", READS_BOTH_WAYS)
+def test_a_model_that_reads_both_ways_is_refused(family: str) -> None:
+    """Its class is in the list of those that write, and each token would have seen what it is to say."""
+    with pytest.raises(
+        ModelUnsupportedError, match=r"ends with its last target .*; use a model that reads from left to right"
+    ):
+        examine(READS_BOTH_WAYS[family])
+
+
+@pytest.mark.parametrize("family", ["phi3, long rope", "ministral3"])
+def test_a_row_of_longer_documents_than_at_first_changes_no_other(family: str, tmp_path: Path) -> None:
+    """longrope takes the frequencies of a row by the longest document in it; Ministral's scale is one of each token."""
+    config = copy.deepcopy(PACKED[family])
+    config.architectures = [served_class(config).__name__]
+    config.save_pretrained(tmp_path)
+    first = config.rope_parameters["original_max_position_embeddings"]
+    mode = "OneDocument" if family.startswith("phi3") else "Packed"
+    assert verify.verify(tmp_path, longest=first).mode == "Packed"
+    assert verify.verify(tmp_path, longest=first + 1).mode == mode
+
+
+def test_a_layer_that_peft_takes_no_adapter_on_is_refused() -> None:
+    with pytest.raises(ModelUnsupportedError, match=r"PEFT puts no adapter on all of \['0', .*; use another model"):
+        examine(transformers.CTRLConfig())
 
 
 # -- what LoRA is put on ---------------------------------------------------------------------------------------------

@@ -50,11 +50,12 @@ def test_the_verdict_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.
     assert verify.verify(folder, tmp_path / "verify") == first
 
 
-def test_attention_refuses_what_it_does_not_know() -> None:
+@pytest.mark.parametrize("value", [1.0, torch.zeros(1), torch.zeros(2)])
+def test_attention_refuses_what_it_does_not_know(value: Any) -> None:
     q = torch.randn(1, 2, 4, 8)
     cu = torch.tensor([0, 4], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="new_idea"):
-        attention.packed_attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=cu, new_idea=1.0)
+        attention.packed_attention(torch.nn.Module(), q, q, q, None, cu_seq_lens_q=cu, new_idea=value)
 
 
 def normed(forward: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, bool]:

@@ -164,7 +164,7 @@ def test_spec_decides_where_it_speaks(room: Room, unverified: None) -> None:
 
 
 def test_a_model_that_no_patch_check_can_load_is_refused(room: Room, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path, cache: Path, *, whole: bool, packed: bool, compiling: bool) -> ResolvedPacking:
+    def refuse(folder: Path, cache: Path, *, whole: bool, **_: object) -> ResolvedPacking:
         assert (folder.name, cache.parent.parent) == ("smollm2-135m-instruct", room.root / "store/models")
         assert not whole
         raise ModelUnsupportedError("no")

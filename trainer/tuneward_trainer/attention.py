@@ -56,7 +56,8 @@ def packed_attention(
     **others: Any,
 ) -> tuple[Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d or dv] -> [1, T, heads, dv]."""
-    unknown = sorted(name for name, value_ in others.items() if name not in _HARMLESS and value_ not in (None, False))
+    asked = {name for name, said in others.items() if isinstance(said, Tensor) or said not in (None, False)}
+    unknown = sorted(asked - _HARMLESS)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if unknown or attention_mask is not None or dropout or not causal or query.shape[0] != 1 or cu_seq_lens_q is None:
         raise NotImplementedError(

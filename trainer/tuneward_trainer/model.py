@@ -35,6 +35,8 @@ from tuneward_trainer import mixtures, nf4
 ADAPTER: Final = "default"
 _ROUTERS: Final = r"(.*\.)?(router|gate|shared_expert_gate)(\..*)?"
 """Modules whose update harms: a router's choice is discrete."""
+_MAMBAS: Final = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
+"""By model_type: PEFT refuses their `out_proj`, whose weight fused kernels read past its adapter."""
 DEQUANTISED: Final = ("fp8", "mxfp4")
 """Formats of weights that loading turns back into numbers that can be trained on: Ministral 3, Devstral 2, gpt-oss."""
 
@@ -198,6 +200,8 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
     }
     taken = mixtures.taken_for_experts(model, {mixtures.last(name) for name in found})
     lost = mixtures.beyond_reach(model, found, taken)
+    if isinstance(model, PreTrainedModel) and model.config.model_type in _MAMBAS:
+        lost = {*lost, "out_proj"}
     return {name: module for name, module in found.items() if mixtures.last(name) not in lost}
 
 
@@ -306,7 +310,14 @@ def add_adapters(model: PreTrainedModel, method: ResolvedMethod, *, seed: int, b
     )
     with torch.random.fork_rng(), mixtures.as_named():
         torch.manual_seed(seed)
-        adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+        try:
+            adapted: PeftModel = get_peft_model(model, config, autocast_adapter_dtype=True)
+        except ValueError as error:
+            # Such as of a layer that is none but bears the name of a Linear.
+            raise ModelUnsupportedError(
+                f"PEFT puts no adapter on all of {sorted(method.target_modules)}: {' '.join(str(error).split())[:200]}; "
+                "use another model"
+            ) from error
     saved = adapted.peft_config[ADAPTER]
     # PEFT puts the folder's name there, which differs from machine to machine.
     saved.base_model_name_or_path = base_uri

@@ -104,7 +104,7 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     longest = defaults.longest_sample(hyper, facts)
     objective = defaults.objective(spec)
     method = method_of(request, found, facts, places, folder.parent)
-    packing = verify(found, method, compiling=compiles(request, method))
+    packing = verify(found, method, compiling=compiles(request, method), longest=longest)
     tokenizer = load_tokenizer(found.folder)
     cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
     summary = Summary.read(cache.folder)
@@ -246,14 +246,15 @@ def compiles(request: Request, method: ResolvedMethod) -> bool:
     return compiled.fits(method) and compiled.asked("cpu" if here else memory.device_of(request.spec))
 
 
-def verify(found: models.Found, method: ResolvedMethod, *, compiling: bool) -> ResolvedPacking:
-    """Which patches agree with the plain model; the verdict is kept beside the model."""
+def verify(found: models.Found, method: ResolvedMethod, *, compiling: bool, longest: int) -> ResolvedPacking:
+    """Which patches agree with the plain model; the verdict is kept beside the model. `longest`: tokens of a document."""
     from tuneward_trainer import verify as verifier
     from tuneward_trainer.model import ModelUnsupportedError
 
     try:
         folder, how = make_directory(found.cache / "verify"), method.type
-        return verifier.verify(found.folder, folder, whole=how == "Full", packed=how == "QLoRA", compiling=compiling)
+        whole, packed = how == "Full", how == "QLoRA"
+        return verifier.verify(found.folder, folder, whole=whole, packed=packed, compiling=compiling, longest=longest)
     except ModelUnsupportedError as error:
         raise model_unsupported(f"the base model cannot be trained: {error}") from error
 

@@ -28,6 +28,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from tuneward_api.manifest import write_synced
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
 from tuneward_trainer import attention, batch, compiled, mixtures, nf4, norms, patches
+from tuneward_trainer import model as base_model
 from tuneward_trainer.batch import collate, padded
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import (
@@ -47,6 +48,9 @@ LIMIT: Final = 1e-4
 VOCABULARY: Final = 128
 _LENGTHS: Final = (37, 29, 41)
 """Tokens of the twin's documents: longer than its window, none a multiple of another."""
+_FIRST_LENGTH: Final = "original_max_position_embeddings"
+_SHORTER, _LONGER = 32, 64
+"""Than some of the twin's documents, and than all of them."""
 _ROW: Final = 128
 """Tokens of the row that holds them where all rows are of one length."""
 
@@ -80,6 +84,14 @@ _SHRUNK: Final[dict[str, Any]] = {
     "topk_group": 1,
     "first_k_dense_replace": 1,
     "max_position_embeddings": 256,
+    # State spaces beside attention (Granite 4, Bamba): heads times their width is twice hidden_size.
+    "mamba_expand": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 16,
+    # GPT-J's, of a head of 16.
+    "rotary_dim": 8,
     # GPT-2's names.
     "n_embd": 64,
     "n_head": 4,
@@ -109,22 +121,24 @@ def verify(
     whole: bool = False,
     packed: bool = False,
     compiling: bool = False,
+    longest: int = 0,
 ) -> ResolvedPacking:
     """The patches that this model's class and config bear, and so whether documents may share a row. Takes seconds.
     `whole`: all weights are trained, not adapters; `packed`: adapters on weights in NF4 (QLoRA); `compiling`: layers are to
-    be compiled, of which this checks the graphs.
+    be compiled, of which this checks the graphs; `longest`: tokens that a document may have.
 
     The verdict is kept in `cache_dir` (default `<model_dir>/verify`, if that can be written), under a digest of all that
     it depends on. Raises ModelUnsupportedError for a model that cannot be trained at all.
     """
     config = read_config(model_dir)
     folder = cache_dir if cache_dir is not None else model_dir / "verify"
-    file = folder / f"{_digest(config, whole=whole, packed=packed, compiling=compiling)}.json"
+    how = {"whole": whole, "packed": packed, "compiling": compiling, "stretched": _stretched(config, longest)}
+    file = folder / f"{_digest(config, how)}.json"
     try:
         return ResolvedPacking.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
         full = AutoConfig.from_pretrained(model_dir, local_files_only=True)
-        verdict = _examine(model_class(config), full, whole=whole, packed=packed, compiling=compiling)
+        verdict = _examine(model_class(config), full, **how)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_synced(file, json.dumps(verdict.to_json()).encode())
@@ -133,13 +147,20 @@ def verify(
     return verdict
 
 
-def _digest(config: dict[str, Any], *, whole: bool, packed: bool, compiling: bool) -> str:
+def _stretched(config: Any, longest: int) -> bool:
+    """Whether documents may be longer than those that the model was made for first. Some rotary embeddings (longrope) take
+    other frequencies for them, and for all that shares their row."""
+    if not isinstance(config, dict):
+        return False
+    return 0 < (config.get(_FIRST_LENGTH) or longest) < longest or any(_stretched(part, longest) for part in config.values())
+
+
+def _digest(config: dict[str, Any], how: dict[str, bool]) -> str:
     """Of all that a verdict depends on."""
-    parts = [str(whole), str(compiling), json.dumps(config, sort_keys=True)]
-    parts += [torch.__version__, transformers.__version__, peft.__version__]
-    modules = (attention, batch, patches, norms, nf4, compiled, mixtures)
+    parts = [json.dumps([config, how], sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
+    modules = (attention, batch, patches, norms, nf4, compiled, mixtures, base_model)
     parts += [Path(str(module.__file__)).read_text() for module in modules]
-    parts += [Path(__file__).read_text(), nf4.release() if packed else ""]
+    parts += [Path(__file__).read_text(), nf4.release() if how["packed"] else ""]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -150,13 +171,18 @@ def _examine(
     whole: bool = False,
     packed: bool = False,
     compiling: bool = False,
+    stretched: bool = False,
 ) -> ResolvedPacking:
-    """Patch by patch, each on top of those that agreed before."""
+    """Patch by patch, each on top of those that agreed before. Raises ModelUnsupportedError where even without any a
+    document's gradients are not those of the plain model."""
     try:
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = whole_twin(kind, config) if whole else twin(kind, config, packed=packed)
-            reference = gradients(model, ())
+            if whole:
+                model: PreTrainedModel | PeftModel = whole_twin(kind, config, stretched=stretched)
+            else:
+                model = twin(kind, config, packed=packed, stretched=stretched)
+            reference = gradients(model, None)
     except ModelUnsupportedError:
         raise
     except Exception as error:  # noqa: BLE001 - any failure has the same remedy
@@ -175,6 +201,11 @@ def _examine(
             logger.warning("the patch %s is not used: %s", name, complaint)
     if compiling:
         compiled.forget()
+    if not agreed and (complaint := disagreement(model, (), reference)) is not None:
+        raise ModelUnsupportedError(
+            f"{kind.__name__} does not give the same for a document that ends with its last target ({complaint}): what "
+            "comes after a token must not change it; use a model that reads from left to right"
+        )
     packed = patches.PACKED_ATTENTION in agreed
     reason = "packed rows and single documents give the same gradients" if packed else why[patches.PACKED_ATTENTION]
     left_out = [f"; {name} left out: {text}" for name, text in why.items() if name != patches.PACKED_ATTENTION]
@@ -203,12 +234,13 @@ def worst_error(found: dict[str, Tensor], reference: dict[str, Tensor]) -> tuple
     return errors[where], where
 
 
-def gradients(model: PreTrainedModel | PeftModel, names: Collection[str]) -> dict[str, Tensor]:
-    """Of the loss of three documents, by parameter; with no patches each is computed plainly and whole."""
+def gradients(model: PreTrainedModel | PeftModel, names: Collection[str] | None) -> dict[str, Tensor]:
+    """Of the loss of three documents, by parameter, as ranks compute them under these patches; None: each plainly and
+    whole."""
     parameters = trainable_of(model)
     model.zero_grad(set_to_none=True)
     samples = _documents()
-    if names:
+    if names is not None:
         shared = collate(enumerate(samples))
         if patches.COMPILED in names:
             shared = padded(shared, _ROW)
@@ -244,9 +276,11 @@ def _documents() -> list[_Sample]:
     ]
 
 
-def twin(kind: type[PreTrainedModel], config: PreTrainedConfig, *, packed: bool = False) -> PeftModel:
+def twin(
+    kind: type[PreTrainedModel], config: PreTrainedConfig, *, packed: bool = False, stretched: bool = False
+) -> PeftModel:
     """A small random model of the same class, in float32, with adapters that are not zero."""
-    base = _small_model(kind, config)
+    base = _small_model(kind, config, stretched)
     targets = target_linears(base)
     if packed:
         nf4.pack(base, packable(base), torch.device("cpu"))
@@ -260,33 +294,42 @@ def twin(kind: type[PreTrainedModel], config: PreTrainedConfig, *, packed: bool 
     return model
 
 
-def whole_twin(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def whole_twin(kind: type[PreTrainedModel], config: PreTrainedConfig, *, stretched: bool = False) -> PreTrainedModel:
     """The same without adapters: its text part is trained."""
-    base = _small_model(kind, config)
+    base = _small_model(kind, config, stretched)
     for parameter in text_parameters(base).values():
         parameter.requires_grad_(True)
     return base
 
 
-def _small_model(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+def _small_model(kind: type[PreTrainedModel], config: PreTrainedConfig, stretched: bool) -> PreTrainedModel:
     # As loading does it: the attribute belongs to no class.
-    build = partial(kind._from_config, shrink(config), attn_implementation=attention_of(kind), dtype=torch.float32)
+    small = shrink(config, stretched=stretched)
+    build = partial(kind._from_config, small, attn_implementation=attention_of(kind), dtype=torch.float32)
     base: PreTrainedModel = build()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.ndim > 1:
+                # At the scale that training begins with, what a layer adds can be too little to tell right from wrong: a
+                # state that crossed from one document into the next was 5e-7 of the gradients.
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
     base.requires_grad_(False)
     base.eval()
     return base
 
 
-def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The same config with small numbers: one layer of each kind, at least two layers, one of what sees."""
+def shrink(config: PreTrainedConfig, *, stretched: bool = False) -> PreTrainedConfig:
+    """The same config with small numbers: one layer of each kind, at least two layers, one of what sees. `stretched`: of
+    the twin's documents some are longer than those it was made for first."""
     whole = config.to_dict()
     whole.pop("quantization_config", None)
     parts = {name: part for name, part in whole.items() if name.endswith("_config") and isinstance(part, dict)}
+    first = _SHORTER if stretched else _LONGER
     if config.get_text_config() is config:
-        whole = _small_text(whole)
+        whole = _small_text(whole, first)
     else:
         key = next(name for name in ("text_config", "llm_config", "language_config", "thinker_config") if name in parts)
-        whole[key] = _small_text(parts.pop(key))
+        whole[key] = _small_text(parts.pop(key), first)
     for name, part in parts.items():
         if name != "per_layer_config":
             whole[name] = {**part, **{field: value for field, value in _SHALLOW.items() if field in part}}
@@ -294,8 +337,8 @@ def shrink(config: PreTrainedConfig) -> PreTrainedConfig:
     return small
 
 
-def _small_text(values: dict[str, Any]) -> dict[str, Any]:
-    """Of the decoder's fields."""
+def _small_text(values: dict[str, Any], made_for: int) -> dict[str, Any]:
+    """Of the decoder's fields. `made_for`: the length that it was made for first."""
     small = {**values, **{name: value for name, value in _SHRUNK.items() if values.get(name) is not None}}
     if values.get("num_key_value_heads") is not None:
         # Grouped queries stay grouped.
@@ -304,11 +347,17 @@ def _small_text(values: dict[str, Any]) -> dict[str, Any]:
         # Some latent attentions call so the width that is rotated.
         small["head_dim"] = small["qk_rope_head_dim"]
     if isinstance(values.get("rope_parameters"), dict):
-        small["rope_parameters"] = _small_rope(values["rope_parameters"])
+        small["rope_parameters"] = _small_rope(values["rope_parameters"], made_for)
+    if values.get(_FIRST_LENGTH) is not None:
+        small[_FIRST_LENGTH] = made_for
     layers = "num_hidden_layers" if "num_hidden_layers" in values else "n_layer"
     kinds = values.get("layer_types") or []
     first = [kinds.index(kind) for kind in dict.fromkeys(kinds)]
     chosen = first if len(first) > 1 else [0, 1]
+    if values.get("num_kv_shared_layers"):
+        # The last layers have keys and values of earlier ones of their kind (Gemma 3n and 4): one of each kind too.
+        chosen = [*chosen, *(len(kinds) - 1 - kinds[::-1].index(kind) for kind in dict.fromkeys(kinds))]
+        small["num_kv_shared_layers"] = len(chosen) - len(first)
     # Whatever a config says layer by layer.
     of_layers = {name: value for name, value in values.items() if isinstance(value, list) and len(value) == values[layers]}
     small |= {name: [value[index % len(value)] for index in chosen] for name, value in of_layers.items()}
@@ -322,17 +371,17 @@ def _small_text(values: dict[str, Any]) -> dict[str, Any]:
     return small
 
 
-def _small_rope(values: dict[str, Any]) -> dict[str, Any]:
+def _small_rope(values: dict[str, Any], first: int) -> dict[str, Any]:
     """Of rotary embeddings that are stretched or split; as many numbers as half of a small head has."""
     small: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             # One a kind of layer.
-            small[name] = _small_rope(value)
+            small[name] = _small_rope(value, first)
         elif name in ("short_factor", "long_factor"):
             small[name] = value[:8]
         else:
-            small[name] = {"mrope_section": [2, 3, 3], "original_max_position_embeddings": 64}.get(name, value)
+            small[name] = {"mrope_section": [2, 3, 3], _FIRST_LENGTH: first}.get(name, value)
     return small
 
 
