@@ -13,6 +13,11 @@ from xml.sax.saxutils import escape
 Points = list[tuple[int, float]]
 """(step, loss in nats a token), by step."""
 
+COLUMNS: Final = 64
+"""Of a terminal, for the curve."""
+MARGIN: Final = 10
+"""Columns at its left, for losses and the axis."""
+_NARROWEST: Final = 25
 WIDTH: Final = 720
 HEIGHT: Final = 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 18, 40, 46
@@ -90,9 +95,10 @@ class Axes:
 # -- terminal ----------------------------------------------------------------------------------------------------------
 
 
-def picture(curves: Curves, *, width: int = 64, height: int = 10, unicode: bool = True) -> list[str]:
-    """Lines of text; none for fewer than two training losses. A column shows the mean of its steps."""
-    if len(curves.training) < 2:
+def picture(curves: Curves, *, width: int = COLUMNS, height: int = 10, unicode: bool = True) -> list[str]:
+    """Lines of text of at most MARGIN + `width` columns; none for fewer than two training losses, nor where that is too
+    narrow. A column shows the mean of its steps."""
+    if len(curves.training) < 2 or width < _NARROWEST:
         return []
     axes = Axes.of(curves)
     grid = [[" "] * width for _ in range(height)]
@@ -196,7 +202,7 @@ def _grid(axes: Axes) -> list[str]:
     drawn.append(f'<text x="{(_LEFT + right) / 2:.0f}" y="{HEIGHT - 8}" text-anchor="middle">optimizer step</text>')
     middle = (_TOP + floor) // 2
     turned = f'text-anchor="middle" transform="rotate(-90 16 {middle})"'
-    drawn.append(f'<text x="16" y="{middle}" {turned}>loss, nats a token</text>')
+    drawn.append(f'<text x="16" y="{middle}" {turned}>loss, nats</text>')
     return drawn
 
 

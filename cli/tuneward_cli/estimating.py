@@ -18,12 +18,13 @@ from typing import Any
 from tuneward_api.files import Plan, Request, canonical_json
 from tuneward_api.manifest import write_synced
 from tuneward_api.names import ExitCode
+from tuneward_api.quantities import duration, operations
 from tuneward_cli import workstation
 from tuneward_cli.documents import load_valid, the_job
 from tuneward_cli.errors import CommandError
 from tuneward_cli.process import environment
 from tuneward_cli.voice import Voice
-from tuneward_cli.words import duration, gibibytes, operations
+from tuneward_cli.words import gibibytes
 from tuneward_cli.workstation import Place
 
 
@@ -43,8 +44,9 @@ def estimate(options: Options, voice: Voice) -> int:
     plan, found = look(options, voice)
     for line in lines(plan, found):
         voice.line(line)
-    claims = "".join(f" --claim {name}={folder}" for name, folder in options.claims)
-    voice.line(f"next: tuneward train {options.file} --store {options.store}{claims}")
+    name = f" --name {options.name}" if options.name else ""
+    claims = workstation.claim_flags(dict(options.claims))
+    voice.line(f"next: tuneward train {options.file}{name} --store {options.store}{claims}")
     voice.result(report(plan, found))
     return ExitCode.OK
 
@@ -54,14 +56,15 @@ def look(options: Options, voice: Voice) -> tuple[Plan, dict[str, Any]]:
     loaded = load_valid(options.file)
     job = the_job(loaded, options.name)
     store = options.store.absolute()
-    place = Place(store, store / "estimates" / str(job.metadata["name"]), dict(options.claims))
+    claims = {**loaded.claims, **dict(options.claims)}
+    place = Place(store, store / "estimates" / str(job.metadata["name"]), claims, command="estimate")
     shutil.rmtree(place.run, ignore_errors=True)
-    try:
-        request = _moved(workstation.lay_out(place, loaded, job, restart=False), place)
-        plan = workstation.prepare(place, request, voice)
-        return plan, _ask(place, plan, options)
-    finally:
-        shutil.rmtree(place.run, ignore_errors=True)
+    request = _moved(workstation.lay_out(place, loaded, job, restart=False), place)
+    plan = workstation.prepare(place, request, voice)
+    found = _ask(place, plan, options)
+    # What failed stays: its sentence says where all the errors and the log are.
+    shutil.rmtree(place.run, ignore_errors=True)
+    return plan, found
 
 
 def _moved(request: Request, place: Place) -> Request:

@@ -21,6 +21,7 @@ from tuneward_cli import estimating
 from tuneward_cli.errors import USAGE, CommandError
 from tuneward_cli.voice import Voice
 from tuneward_cli.words import gibibytes
+from tuneward_cli.workstation import claim_flags
 
 _SCHEMES: Final = ("hf://", "pvc://")
 
@@ -58,13 +59,13 @@ def start(options: Options, voice: Voice) -> int:
         draft.write_text("\n".join(skeleton(name, sources)) + "\n")
         asked = estimating.Options(draft, options.store, claims=sources.claims)
         plan, found = estimating.look(asked, voice)
+    train = f"tuneward train {options.out} --store {options.store}{claim_flags(dict(sources.claims))}"
     with options.out.open("x") as file:
-        file.write("\n".join(document(name, sources, plan, found)) + "\n")
+        file.write("\n".join(document(name, sources, plan, found, train)) + "\n")
     voice.done(f"{options.out} is written: what is commented out is what the trainer chooses by itself")
-    claims = "".join(f" --claim {claim}={path}" for claim, path in sources.claims)
     for line in estimating.lines(plan, found):
         voice.line(line)
-    voice.line(f"next: tuneward train {options.out} --store {options.store}{claims}")
+    voice.line(f"next: {train}")
     told = estimating.report(plan, found)
     voice.result({"file": str(options.out), "claims": {claim: str(path) for claim, path in sources.claims}, **told})
     return ExitCode.OK
@@ -121,8 +122,9 @@ def skeleton(name: str, sources: Sources) -> Iterator[str]:
         yield "    gpusPerWorker: 0"
 
 
-def document(name: str, sources: Sources, plan: Plan, found: dict[str, Any]) -> Iterator[str]:
-    """The same with comments. Every line that is commented out is a setting, and valid as it stands."""
+def document(name: str, sources: Sources, plan: Plan, found: dict[str, Any], train: str) -> Iterator[str]:
+    """The same with comments. Every line that is commented out is a setting, and valid as it stands. `train`: the command
+    that trains it here."""
     prepared = plan.prepared
     data, needs = prepared.data.summary, found["memory"]
     notes = {
@@ -131,7 +133,8 @@ def document(name: str, sources: Sources, plan: Plan, found: dict[str, Any]) -> 
         "    gpusPerWorker:": f"processors; about {gibibytes(needs['resident'])} of memory",
     }
     yield "# Written by `tuneward init`. What is commented out is what the trainer chooses by itself; every field is in"
-    yield "# `kubectl explain ftj.spec` and docs/reference.md."
+    yield "# `kubectl explain ftj.spec` and docs/reference.md. On this machine:"
+    yield f"#   {train}"
     for line in skeleton(name, sources):
         note = next((text for start, text in notes.items() if line.startswith(start)), None)
         yield f"{line}  # {note}" if note else line

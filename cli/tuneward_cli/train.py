@@ -121,15 +121,17 @@ def _code_of(failure: Failure) -> int:
 
 
 def _again(options: Options) -> str:
-    claims = "".join(f" --claim {name}={folder}" for name, folder in options.claims)
+    name = f" --name {options.name}" if options.name else ""
+    claims = workstation.claim_flags(dict(options.claims))
     workers = f" --workers {options.workers}" if options.workers else ""
-    return f"tuneward train {options.file} --store {options.store}{claims}{workers}"
+    return f"tuneward train {options.file}{name} --store {options.store}{claims}{workers}"
 
 
 def show_losses(place: Place, voice: Voice) -> None:
     """The curve on a terminal, and where the same is for a browser."""
     if voice.terminal:
-        for line in curves.picture(curves.read(place.run), unicode=voice.unicode):
+        width = min(curves.COLUMNS, voice.console.width - curves.MARGIN)
+        for line in curves.picture(curves.read(place.run), width=width, unicode=voice.unicode):
             voice.line(line)
     if (place.run / "loss.svg").exists():
         voice.line(f"  loss curve: {place.run / 'loss.svg'}")

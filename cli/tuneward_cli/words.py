@@ -5,12 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tuneward_api.conditions import Phase
+from tuneward_api.quantities import duration
 
 _DOING: dict[str, str] = {
     Phase.PENDING: "waits for the operator",
@@ -76,15 +76,6 @@ def progress_line(seen: Seen) -> str:
     return ", ".join(parts)
 
 
-def duration(seconds: float) -> str:
-    """`41s`, `3m05s`, `2h04m`, `3d05h`: two units at most, as kubectl has it."""
-    whole = max(0, math.ceil(seconds))
-    for size, name, below, digits in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{name}{whole % size // below:02d}{digits}"
-    return f"{whole}s"
-
-
 def size(count: float) -> str:
     """Bytes for people: `268 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -97,15 +88,6 @@ def size(count: float) -> str:
 def gibibytes(count: float) -> str:
     """Memory for people: `13.5 GiB`, `0.02 GiB`."""
     return f"{count / (1 << 30):.1f} GiB" if count >= 1 << 30 else f"{count / (1 << 30):.2f} GiB"
-
-
-def operations(count: float) -> str:
-    """Floating-point operations: `2.61 TFLOP`."""
-    for unit in ("", "k", "M", "G", "T", "P", "E"):
-        if count < 1000:
-            return f"{count:.3g} {unit}FLOP"
-        count /= 1000
-    return f"{count:.3g} ZFLOP"
 
 
 def phase_line(name: str, phase: str | None, message: str | None = None) -> str:

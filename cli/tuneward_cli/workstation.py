@@ -6,14 +6,15 @@ status is decided here from the run directory, so that the same command again go
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 from pydantic import ValidationError
 
@@ -46,6 +47,8 @@ from tuneward_cli.voice import Voice
 from tuneward_cli.words import phase_line
 
 R = TypeVar("R", bound=Report)
+_SHOWN: Final = 3
+"""Fields that are named where a job is another one than before."""
 
 
 @dataclass(frozen=True)
@@ -142,25 +145,29 @@ def skipped(loaded: Loaded, job: FineTuneJob) -> list[str]:
 
 
 def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) -> Request:
-    """Makes the run directory. Refuses one that belongs to another spec or to other data of the same file."""
+    """Makes the run directory. Refuses one that belongs to another spec or to other data of the same file. With `restart`
+    what an earlier run left goes, once nothing else is missing."""
+    request, files = request_of(job, parent_of(place, job)), _config_map_files(place, loaded, job)
+    claims = _claims(place, request)
     if restart:
         shutil.rmtree(place.run, ignore_errors=True)
-    request = _finished_request(place, request_of(job, parent_of(place, job)))
-    wanted = {place.request: canonical_json(request.to_json()), **_config_map_files(place, loaded, job)}
+    request = _finished_request(place, request)
+    wanted = {place.request: canonical_json(request.to_json()), **files}
     _take_other_workers(place, request)
     for file, text in wanted.items():
         if file.exists() and file.read_text() != text:
             raise CommandError(
-                f"{place.run} belongs to another version of this job ({file.name} differs); "
+                f"{place.run} belongs to another version of this job ({_difference(file, text)}); "
                 "give the job another name or begin anew",
-                paste=f"tuneward train {loaded.file} --store {place.store} --restart",
+                paste=f"tuneward train {loaded.file} --name {request.job.name} --store {place.store}"
+                f"{claim_flags(place.claims)} --restart",
                 code=ExitCode.CONFIG_BAD,
             )
     try:
         for file, text in wanted.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             write_synced(file, text.encode())
-        _link_claims(place, request)
+        _link(place, claims)
     except OSError as error:
         raise CommandError(
             f"StoreNotWritable: {error.filename or place.store} cannot be written ({error.strerror})",
@@ -230,20 +237,52 @@ def _config_map_files(place: Place, loaded: Loaded, job: FineTuneJob) -> dict[Pa
     return files
 
 
-def _link_claims(place: Place, request: Request) -> None:
-    """Every claim but the store's is a link below one folder, as prepare's pod has them mounted."""
+def _claims(place: Place, request: Request) -> dict[str, Path]:
+    """The folders of all claims but the store's. Raises CommandError for one that has none."""
     needed = {uri.authority for uri in map(parse_uri, request.uris()) if uri.scheme == "pvc"} - {request.store_claim}
+    for claim in sorted(needed - place.claims.keys()):
+        raise CommandError(
+            f"InputMissing: the claim {claim} is no folder of this machine yet; say which one stands for it",
+            paste=f"tuneward {place.command} FILE --claim {claim}=DIR",
+            code=ExitCode.INPUT_MISSING,
+        )
+    return {claim: place.claims[claim].absolute() for claim in sorted(needed)}
+
+
+def _link(place: Place, claims: Mapping[str, Path]) -> None:
+    """Every claim is a link below one folder, as prepare's pod has them mounted."""
     place.claims_dir.mkdir(parents=True, exist_ok=True)
-    for claim in sorted(needed):
-        if claim not in place.claims:
-            raise CommandError(
-                f"InputMissing: the claim {claim} is no folder of this machine yet; say which one stands for it",
-                paste=f"tuneward {place.command} FILE --claim {claim}=DIR",
-                code=ExitCode.INPUT_MISSING,
-            )
+    for claim, folder in claims.items():
         link = place.claims_dir / claim
         link.unlink(missing_ok=True)
-        link.symlink_to(place.claims[claim].absolute(), target_is_directory=True)
+        link.symlink_to(folder, target_is_directory=True)
+
+
+def claim_flags(claims: Mapping[str, Path]) -> str:
+    """For a command to paste, with a space before each."""
+    return "".join(f" --claim {name}={folder}" for name, folder in claims.items())
+
+
+def _difference(file: Path, text: str) -> str:
+    """Which fields of a job are others than before, a few of them; of any other file its name."""
+    if file.suffix != ".json":
+        return f"{file.name} differs"
+    before, after = (dict(_leaves(json.loads(one))) for one in (file.read_text(), text))
+    changed = [path for path in {**before, **after} if before.get(path) != after.get(path)]
+    shown = [f"{path} was {before.get(path, 'not set')}, now {after.get(path, 'not set')}" for path in changed[:_SHOWN]]
+    return "; ".join(shown) + (f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else "")
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, JSON) of what holds nothing else."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else key)
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}[{index}]")
+    else:
+        yield path, json.dumps(value, ensure_ascii=False)
 
 
 def prepare(place: Place, request: Request, voice: Voice) -> Plan:

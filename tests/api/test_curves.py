@@ -42,6 +42,11 @@ def test_a_picture_has_axes_and_both_curves() -> None:
     ]
 
 
+@pytest.mark.parametrize(("width", "widest"), [(25, 35), (24, 0), (-10, 0)])
+def test_a_picture_is_no_wider_than_asked_and_none_where_that_shows_nothing(width: int, widest: int) -> None:
+    assert max(map(len, picture(FALLING, width=width)), default=0) == widest
+
+
 def test_plain_letters_where_a_terminal_has_no_others() -> None:
     assert "".join(picture(FALLING, unicode=False)).isascii()
 
@@ -66,7 +71,7 @@ def test_the_svg_needs_nothing_beside_it(tmp_path: Path) -> None:
     root = ElementTree.fromstring(text)
     space = "{http://www.w3.org/2000/svg}"
     texts = [element.text for element in root.iter(f"{space}text")]
-    assert {"a <b> & c", "training", "validation", "optimizer step", "loss, nats a token", "10", "2"} <= set(texts)
+    assert {"a <b> & c", "training", "validation", "optimizer step", "loss, nats", "10", "2"} <= set(texts)
     line = next(element for element in root.iter(f"{space}polyline"))
     places = [tuple(map(float, point.split(","))) for point in line.get("points", "").split()]
     assert len(places) == 30

@@ -42,6 +42,15 @@ def test_a_gpu_can_be_asked_about_where_there_is_none(station: Station) -> None:
     assert f"next: tuneward train job.yaml --store {station.store}" in done.stdout
 
 
+def test_what_a_failed_estimate_says_to_look_at_is_there(station: Station) -> None:
+    station.write(model={"uri": "pvc://tuneward-store/nix"})
+    done = station.tuneward("estimate", "job.yaml", "--store", str(station.store))
+    assert done.returncode == 66
+    paste = done.stderr.splitlines()[-1].split()
+    assert paste[:3] == ["next:", "tail", "-50"]
+    assert "nix" in Path(paste[3]).read_text()
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     file = tmp_path / "chats" / "Support_Chats.jsonl"
@@ -75,7 +84,7 @@ def test_init_writes_a_job_that_trains(station: Station, data: Path, tmp_path: P
     }
     # Every setting that is commented out is a valid one, with the value that the trainer chose.
     whole = "\n".join(
-        line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in text.splitlines()[2:]
+        line.replace("# ", "", 1) if line.lstrip().startswith("# ") else line for line in text.splitlines()[3:]
     )
     (document,) = load_documents(whole.replace("; or steps: …", ""), file="job.yaml")
     resource, problems = validate_document(document)
@@ -84,8 +93,10 @@ def test_init_writes_a_job_that_trains(station: Station, data: Path, tmp_path: P
     again = station.tuneward(*first)
     assert again.returncode == 2
     assert "job.yaml is there already, and is not overwritten" in again.stderr
-    claims = [word for claim, folder in told["claims"].items() for word in ("--claim", f"{claim}={folder}")]
-    trained = station.tuneward("train", "job.yaml", "--store", str(station.store), *claims)
+    # The command stands in the file, so that it is found again.
+    train = text.splitlines()[2].split()
+    assert train[:3] == ["#", "tuneward", "train"]
+    trained = station.tuneward(*train[2:])
     assert trained.returncode == 0, trained.stderr
     assert "support-chats: Succeeded" in trained.stdout
     # It took just what was estimated.

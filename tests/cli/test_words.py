@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tuneward_api import quantities
 from tuneward_api.conditions import Phase
 from tuneward_cli import words
 from tuneward_cli.words import Seen
@@ -16,7 +17,7 @@ from tuneward_cli.words import Seen
     [(-1, "0s"), (0, "0s"), (0.2, "1s"), (59, "59s"), (61, "1m01s"), (3599, "59m59s"), (7440, "2h04m"), (277200, "3d05h")],
 )
 def test_durations_have_two_units_at_most(seconds: float, text: str) -> None:
-    assert words.duration(seconds) == text
+    assert quantities.duration(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,7 @@ def test_sizes(count: float, text: str) -> None:
     ("count", "text"), [(0, "0 FLOP"), (2.6e12, "2.6 TFLOP"), (4.94e18, "4.94 EFLOP"), (3e23, "300 ZFLOP")]
 )
 def test_operations(count: float, text: str) -> None:
-    assert words.operations(count) == text
+    assert quantities.operations(count) == text
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,15 +69,26 @@ def test_the_same_file_again_goes_on(tmp_path: Path) -> None:
     laid_out(tmp_path, written(tmp_path))
 
 
-@pytest.mark.parametrize(("old", "new"), [("1e-4", "2e-4"), ('"{}"', '"{1}"')], ids=["spec", "data"])
-def test_another_spec_or_other_data_is_refused_until_restart(tmp_path: Path, old: str, new: str) -> None:
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("1e-4", "2e-4", "spec.hyperparameters.learningRate was 0.0001, now 0.0002"),
+        ("learningRate: 1e-4", "seed: 3", "spec.hyperparameters.seed was not set, now 3"),
+        ('"{}"', '"{1}"', "train.jsonl differs"),
+    ],
+    ids=["value", "field", "data"],
+)
+def test_another_spec_or_other_data_is_refused_until_restart(tmp_path: Path, old: str, new: str, said: str) -> None:
     place = laid_out(tmp_path, written(tmp_path))
     (place.run / "marker").write_text("")
     changed = written(tmp_path, JOB.replace(old, new))
     with pytest.raises(CommandError, match="belongs to another version of this job") as caught:
         laid_out(tmp_path, changed)
-    assert caught.value.code == 78
-    assert "--restart" in caught.value.paste
+    assert said in caught.value.sentence
+    assert (caught.value.code, caught.value.paste) == (
+        78,
+        f"tuneward train {changed.file} --name small --store {place.store} --claim chats={tmp_path / 'chats'} --restart",
+    )
     laid_out(tmp_path, changed, restart=True)
     assert not (place.run / "marker").exists()
 
@@ -88,6 +100,15 @@ def test_a_claim_without_a_folder_is_named(tmp_path: Path) -> None:
         workstation.lay_out(workstation.place_of(job, tmp_path, {}), loaded, job, restart=False)
     assert caught.value.paste == "tuneward train FILE --claim chats=DIR"
     assert caught.value.code == 66
+
+
+def test_a_restart_that_lacks_a_claim_removes_nothing(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    place = laid_out(tmp_path, loaded)
+    (place.run / "marker").write_text("")
+    with pytest.raises(CommandError, match="the claim chats is no folder"):
+        workstation.lay_out(replace(place, claims={}), loaded, the_job(loaded), restart=True)
+    assert (place.run / "marker").exists()
 
 
 def test_a_config_map_that_is_not_in_the_file_is_named(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_a_broken_table_or_stream_says_so(tmp_path: Path, content: bytes, expect
         ('{"text": "a"}'.encode("utf-16"), "iconv -f UTF-16 -t UTF-8"),
         (b'[{"text": "a"}]', "is a JSON array: write jq -c '.[]' FILE"),
         (b'[{"text": "a"},', "looks like one JSON array: write jq -c '.[]' FILE"),
-        (b"3", "is a JSON int"),
+        (b"3", "is 3"),
         (b"[" * 100_000, "is no JSON"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,9 @@ def test_a_person_reads_counts_and_what_the_job_will_take(
     write(room.data, [*chats(20), chats(2)[1]])
     assert main(["validate", "--model", str(smollm2), str(room.data), "--validation", str(held)]) == 0
     wide = len(str(room.data))
-    assert capsys.readouterr().out.splitlines() == [
+    *told, time = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"its training will take about \S+s at \S+ GFLOP/s \(50% of a .* measured on this CPU\)", time)
+    assert told == [
         f"{'source':{wide}}  {'':20}  samples  documents  tokens  learnt  share",
         f"{room.data!s:{wide}}  {'Messages':20}       21         21     923     157  17.0%",
         f"{held!s:{wide}}  {'Messages, validation':20}        2          2      86      14  16.3%",
@@ -104,8 +107,13 @@ def test_every_error_is_followed_by_what_the_good_samples_are(
         "151 problems",
         "source                               samples  documents  tokens  learnt  share",
     ]
-    assert lines[-1].startswith("with the good samples alone the job would take 3 steps (3 epochs) of about 16 ")
+    assert lines[-2].startswith("with the good samples alone the job would take 3 steps (3 epochs) of about 16 ")
     assert main(["validate", "--model", "nix", str(room.data)]) == 66
+
+
+def test_a_length_that_no_job_may_have_is_refused(validate: Run, tmp_path: Path) -> None:
+    code, found = validate(write(tmp_path / "a.jsonl", chats(1)), "--sequence-length", "8")
+    assert (code, found["message"]) == (78, "--sequence-length is 8: input should be greater than or equal to 16")
 
 
 def test_scripts_get_every_place(validate: Run, tmp_path: Path) -> None:
@@ -122,6 +130,8 @@ def test_scripts_get_every_place(validate: Run, tmp_path: Path) -> None:
     )
     assert found["job"].pop("steps") > 0
     assert set(found.pop("job")) >= {"epochs", "batchTokens", "sequenceLength"}
+    time = found.pop("time")
+    assert time["seconds"] == pytest.approx(time["flops"] / time["flopsPerSecond"])
     assert found == {
         "valid": False,
         "problemCount": 2,

@@ -15,6 +15,7 @@ from typing import Any, Final
 from tuneward_api import names
 from tuneward_api.estimate import GIB
 from tuneward_api.files import Plan
+from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.names import ExitCode
 from tuneward_trainer import memory, rundir
 from tuneward_trainer.data.documents import TRAINING, Documents
@@ -46,7 +47,7 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
     shape = memory.shape_of(model_dir)
     if shape is None:
         raise model_unsupported(f"{model_dir}/config.json does not say what memory and time depend on")
-    room = _room(plan, gpu_gib)
+    room = round(gpu_gib * GIB) if gpu_gib is not None else gpu_room(plan.request.spec)
     summary, hyper = prepared.data.summary, prepared.hyperparameters
     data = memory.statistics(Documents.open(data_dir / TRAINING).lengths, summary.target_tokens)
     found = memory.Costs.of(
@@ -62,8 +63,6 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
     choice = found.choose(room) if room else memory.Choice(prepared.bins_per_micro_batch)
     needs, had = found.memory(choice), room or memory.worker_memory(plan.request.spec)
     each = found.flops(choice)
-    flops = each * summary.tokens * hyper.epochs
-    rate = None if room else EFFICIENCY * cpu_rate()
     return {
         "device": found.setup.device,
         "family": {"name": shape.family, "known": shape.known},
@@ -81,19 +80,25 @@ def costs(plan: Plan, gpu_gib: float | None) -> dict[str, Any]:
         },
         "fits": needs.resident <= had,
         "remedy": None if needs.resident <= had else memory.remedy(plan, model_dir, room),
-        "flops": flops,
         "flopsPerToken": each,
+        **time_of(each * summary.tokens * hyper.epochs, on_gpu=bool(room)),
+    }
+
+
+def time_of(flops: float, *, on_gpu: bool) -> dict[str, Any]:
+    """What is known of the seconds that so many operations take."""
+    rate = None if on_gpu else EFFICIENCY * cpu_rate()
+    return {
+        "flops": flops,
         "flopsPerSecond": rate,
         "rateSource": UNKNOWN if rate is None else f"{EFFICIENCY:.0%} of a matrix product measured on this CPU",
         "seconds": None if rate is None else flops / rate,
     }
 
 
-def _room(plan: Plan, gpu_gib: float | None) -> int | None:
-    """Bytes of the GPU; None where ranks are CPU processes."""
-    if gpu_gib is not None:
-        return round(gpu_gib * GIB)
-    if memory.device_of(plan.request.spec) == "cpu":
+def gpu_room(spec: FineTuneJobSpec | None) -> int | None:
+    """Bytes of this machine's GPU; None where a job, or this machine, trains on CPUs. `spec`: None for the defaults."""
+    if spec is not None and memory.device_of(spec) == "cpu":
         return None
     import torch
 

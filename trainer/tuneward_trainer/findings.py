@@ -10,6 +10,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneward_api.quantities import duration, operations
 from tuneward_api.resolved import ResolvedHyperparameters
 from tuneward_trainer.data import show
 from tuneward_trainer.data.corrected import Corrected
@@ -35,12 +36,13 @@ _FATES: Final[dict[Fate, str]] = {
 
 @dataclass(frozen=True)
 class Findings:
-    """`numbers`: what the job will use, None where no training sample is good."""
+    """`numbers`: what the job will use, None where no training sample is good; `time`: what its steps take (estimate)."""
 
     gathered: Gathered
     training: Documents
     validation: Documents
     numbers: ResolvedHyperparameters | None
+    time: Mapping[str, Any] | None
     shown: Sequence[Shown] = ()
     corrected: Sequence[Corrected] = field(default_factory=tuple)
 
@@ -75,6 +77,7 @@ class Findings:
             "invalid": _lines_json(problems.bad),
             "ignoredFields": summary.ignored_fields,
             "job": _numbers_json(self.numbers),
+            "time": self.time,
             "shown": [_shown_json(one) for one in self.shown],
             "corrected": [_corrected_json(one) for one in self.corrected],
         }
@@ -128,6 +131,8 @@ class Findings:
             f"{which} {numbers.steps:,} steps ({numbers.epochs:g} epochs) of about {numbers.batch_tokens:,} tokens "
             f"(batchTokens), in rows of {numbers.sequence_length:,} (sequenceLength)"
         )
+        if self.time is not None:
+            yield _time_line(self.time)
 
 
 _HEAD: Final = ("source", "", "samples", "documents", "tokens", "learnt", "share")
@@ -206,6 +211,13 @@ def _shown(one: Shown, *, colour: bool) -> Iterator[str]:
 def _corrected(one: Corrected) -> Iterator[str]:
     left = f"; left out {len(one.left_out):,}: {ranges(one.left_out)}" if one.left_out else ""
     yield f"{one.path}: {_samples(one.samples)} of {one.file}{left}" if one.path else f"{one.file} has no good sample{left}"
+
+
+def _time_line(time: Mapping[str, Any]) -> str:
+    if time["seconds"] is None:
+        return f"its training is {operations(time['flops'])}; the time is {time['rateSource']}"
+    rate = operations(time["flopsPerSecond"])
+    return f"its training will take about {duration(time['seconds'])} at {rate}/s ({time['rateSource']})"
 
 
 def _source_json(counts: SourceCounts) -> dict[str, Any]:

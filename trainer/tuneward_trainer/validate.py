@@ -13,13 +13,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from tuneward_api.files import Request
 from tuneward_api.finetunejob import Hyperparameters, Method
 from tuneward_api.names import ExitCode
 from tuneward_api.objective import PAIRS, SUPERVISED, ResolvedObjective
-from tuneward_api.resolved import ResolvedHyperparameters
-from tuneward_trainer import defaults, models, parent
+from tuneward_api.resolved import ResolvedHyperparameters, ResolvedMethod
+from tuneward_trainer import defaults, estimate, memory, models, parent
 from tuneward_trainer.data import corrected, show
 from tuneward_trainer.data.build import gather
 from tuneward_trainer.data.corrected import Corrected
@@ -47,7 +50,8 @@ class Wanted:
     limits: Limits
     hyper: Hyperparameters
     objective: ResolvedObjective
-    method: str = "LoRA"
+    method: ResolvedMethod
+    on_gpu: bool
 
     def files(self) -> list[tuple[str, Path]]:
         return [file for source in (*self.training, *self.validation) for file in source.files()]
@@ -101,7 +105,8 @@ def _run(arguments: argparse.Namespace) -> Findings:
         gathered=found,
         training=training,
         validation=validation,
-        numbers=_numbers(wanted, found, training),
+        numbers=(numbers := _numbers(wanted, found, training)),
+        time=_time(wanted, numbers, found, training),
         shown=[
             one
             for source in (*wanted.training, *wanted.validation)
@@ -117,7 +122,7 @@ def _of_files(arguments: argparse.Namespace) -> Wanted:
         if not path.exists():
             raise input_missing(f"{path} does not exist")
     facts = examine(arguments.model)
-    hyper = Hyperparameters(sequence_length=arguments.sequence_length)
+    hyper = _with_length(arguments.sequence_length)
     training = [Source(str(file), file) for file in arguments.files]
     in_pairs = any(source.detected() in PAIRS for source in training)
     objective = ResolvedObjective(type="DPO") if in_pairs else SUPERVISED
@@ -130,7 +135,17 @@ def _of_files(arguments: argparse.Namespace) -> Wanted:
         limits=Limits(defaults.longest_sample(hyper, facts), objective=objective.type),
         hyper=hyper,
         objective=objective,
+        method=defaults.method(Method(), facts),
+        on_gpu=estimate.gpu_room(None) is not None,
     )
+
+
+def _with_length(asked: int | None) -> Hyperparameters:
+    """Raises EndError for a length that no job may have."""
+    try:
+        return Hyperparameters(sequence_length=asked)
+    except ValidationError as error:
+        raise config_bad(f"--sequence-length is {asked}: {error.errors()[0]['msg'].lower()}") from error
 
 
 def _of_request(file: Path) -> Wanted:
@@ -142,9 +157,9 @@ def _of_request(file: Path) -> Wanted:
     method = spec.method or Method()
     filed = None if request.parent is None else parent.filed(request.parent, places=places, store_claim=claim)
     if filed is None or request.parent is None or request.parent.whole or method.type == "Full":
-        defaults.method(method, facts)
+        resolved = defaults.method(method, facts)
     else:
-        parent.method(method, filed, facts, request.parent.name)
+        resolved = parent.method(method, filed, facts, request.parent.name)
     hyper = spec.hyperparameters or Hyperparameters()
     return Wanted(
         model=folder,
@@ -155,7 +170,8 @@ def _of_request(file: Path) -> Wanted:
         limits=defaults.limits(spec, defaults.longest_sample(hyper, facts)),
         hyper=hyper,
         objective=defaults.objective(spec),
-        method=method.type or "LoRA",
+        method=resolved,
+        on_gpu=estimate.gpu_room(spec) is not None,
     )
 
 
@@ -170,8 +186,28 @@ def _numbers(wanted: Wanted, found: Gathered, training: Documents) -> ResolvedHy
         facts=wanted.facts,
         longest=wanted.limits.longest,
         objective=wanted.objective,
-        method=wanted.method,
+        method=wanted.method.type,
     )
+
+
+def _time(
+    wanted: Wanted, numbers: ResolvedHyperparameters | None, found: Gathered, training: Documents
+) -> dict[str, Any] | None:
+    """As `estimate` has it of the plan; None where nothing is known of the model's layers, or nothing is to be trained."""
+    shape = memory.shape_of(wanted.model)
+    if shape is None or numbers is None:
+        return None
+    data = memory.statistics(training.lengths, found.summary.target_tokens)
+    costs = memory.Costs.of(
+        shape,
+        wanted.method,
+        numbers,
+        parameters=wanted.facts.parameters,
+        data=data,
+        device="cuda" if wanted.on_gpu else "cpu",
+    )
+    flops = costs.flops(memory.Choice(1)) * found.summary.tokens * numbers.epochs
+    return estimate.time_of(flops, on_gpu=wanted.on_gpu)
 
 
 def _targets(wanted: Wanted, folder: Path | None) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from typing import IO, Any, Final
 
 from tuneward_trainer.data import tables
 from tuneward_trainer.data.calls import unique
-from tuneward_trainer.data.problems import SampleError
+from tuneward_trainer.data.problems import SampleError, show
 
 ENDINGS: Final = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LONGEST_LINE: Final = 1 << 26
@@ -68,7 +68,7 @@ def parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
         hint = "; the file looks like one JSON array: write jq -c '.[]' FILE" if line.startswith(b"[") else ""
         raise SampleError("", f"is no JSON ({error})", _JSONL + hint) from error
     if not isinstance(value, dict):
-        kind = "a JSON array: write jq -c '.[]' FILE" if isinstance(value, list) else f"a JSON {type(value).__name__}"
+        kind = "a JSON array: write jq -c '.[]' FILE" if isinstance(value, list) else show(value)
         raise SampleError("", f"is {kind}", _JSONL)
     return value
 
