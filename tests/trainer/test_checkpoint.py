@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,11 +13,13 @@ from typing import Any, cast
 
 import pytest
 import torch
+from tests.trainer.jobs import make_job
 
 from tuneward_trainer import checkpoint, saving
 from tuneward_trainer.distributed import be_deterministic
 from tuneward_trainer.endings import ConfigBadError
-from tuneward_trainer.session import Session
+from tuneward_trainer.session import Session, conclude
+from tuneward_trainer.train import train
 
 IDENTITY = {"base": "sha256:a", "data": "sha256:b", "shapes": {"w": [3]}}
 HERE = {"torch": "2", "device": "CPU AVX2", "threads": 1}
@@ -158,6 +160,57 @@ def test_a_full_disk_leaves_the_older_one_and_the_training(tmp_path: Path) -> No
     saver.save(snapshot(9))
     assert saver.wait() is None
     assert newest_step(tmp_path) == 9
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_step(
+    tmp_path: Path, begun: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing that a step leaves can be written, on the store and beside it; the bytes are those of a training with room."""
+    job = make_job(tmp_path, hyper={"steps": 7}, spec={"checkpoint": {"everySteps": 2}})
+    train(begun(job, ahead=False, stop_at=3))
+    session = begun(job, ahead=False)
+    session.reporter._file = tmp_path / "rank-0.json"
+    with full_disk():
+        train(session)
+        assert session.saver is not None
+        assert isinstance(session.saver.wait(), OSError)
+    assert max(folder.name for folder in (job.run / "checkpoints").iterdir()) == "step-00000004.a1"
+    assert caplog.text.count("the figures of step 5 and later ones may be missing") == 1
+    conclude(session, seconds=0)
+    whole = job.again("whole")
+    train(session := begun(whole, ahead=False))
+    conclude(session, seconds=0)
+    assert job.adapter() == whole.adapter()
+
+
+def test_one_that_is_cut_short_at_any_sync_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by a kill there; the next try writes over what it left."""
+    write(tmp_path, 3)
+    real, left = os.fsync, 0
+
+    class Killed(BaseException):
+        pass
+
+    def sync(handle: int) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Killed
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    seen = []
+    for syncs in range(20):
+        left = syncs
+        try:
+            write(tmp_path, 6)
+        except Killed:
+            seen.append(newest_step(tmp_path))
+        else:
+            break
+    # Files, their folder and the manifest; from its name on the new one is there.
+    assert seen == [3, 3, 3, 3, 6, 6]
+    assert newest_step(tmp_path) == 6
 
 
 def test_the_best_state_that_is_saved_already_is_not_written_over(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 import time
 from pathlib import Path
 
@@ -86,6 +87,22 @@ def spin(seconds: float) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
+
+
+def test_killed_on_a_full_disk_it_is_the_same_once_there_is_room(alone: Job) -> None:
+    """No file of any rank can grow any more while some steps are made; then one of them is killed."""
+    job, moment = alone.again("full"), random.Random(7)
+    gang = Gang(job, 2)
+    gang.until(lambda: _progressed(gang, 3, 1))
+    for process in gang.processes:
+        assert process.pid is not None
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (64, resource.RLIM_INFINITY))
+    spin(moment.uniform(0, 0.05))
+    gang.processes[moment.randrange(2)].kill()
+    assert gang.wait().count(-9) == 1
+    train(job, 3)
+    assert job.adapter() == alone.adapter()
+    assert job.results()[0].from_step > 0
 
 
 def test_survivors_of_a_kill_ask_for_another_try(alone: Job) -> None:

@@ -29,6 +29,7 @@ from tests.trainer.jobs import (
     train,
     written,
 )
+from tests.trainer.test_checkpoint import full_disk
 
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
@@ -196,6 +197,16 @@ def test_a_worker_that_only_lost_a_peer_takes_the_others_word(tmp_path: Path) ->
     leave(tmp_path, 0, endings.Ending(Reason.INFRASTRUCTURE, "another rank went away", 75, secondary=True))
     other = rundir.write_result(job.run, result_of(job, exit_code=78, reason=Reason.CONFIG_INVALID))
     assert conclude(job, tmp_path, conclusion.Outcome({0: 75})) == other
+
+
+def test_ranks_that_could_not_leave_word_are_known_by_their_codes(tmp_path: Path) -> None:
+    job = make_job(tmp_path)
+    Reporter(tmp_path, 0).update(attempt=1)
+    with full_disk():
+        leave(tmp_path, 0, endings.Ending(Reason.INFRASTRUCTURE, "the store is full", 75))
+    result = conclude(job, tmp_path, conclusion.Outcome({0: 75}))
+    assert (result.reason, result.exit_code) == (Reason.INFRASTRUCTURE, 75)
+    assert "could not leave word why (rank 0: 75)" in result.message
 
 
 def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,6 +88,9 @@ def _guess(outcome: Outcome, failures: list[dict[str, Any]]) -> tuple[Reason, st
     if failures:
         return Reason(failures[0]["reason"]), failures[0]["message"], failures[0]["exit_code"]
     codes = ", ".join(f"rank {rank}: {code}" for rank, code in sorted(outcome.exit_codes.items()))
+    if set(outcome.exit_codes.values()) == {ExitCode.TRY_AGAIN}:
+        said = f"the ranks ask for another try and could not leave word why ({codes}); is there room on this machine's disk?"
+        return Reason.INFRASTRUCTURE, said, ExitCode.TRY_AGAIN
     return Reason.UNKNOWN, f"the ranks ended without a word ({codes or 'exit code 0 and no result'}); their logs say why", 1
 
 

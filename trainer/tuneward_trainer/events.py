@@ -6,6 +6,8 @@ Why not by the `tensorboard` package: docs/decisions/0011. The format is TensorF
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 import time
 from collections.abc import Mapping
@@ -38,8 +40,13 @@ class EventFile:
         self._append(_field(2, _VARINT, step) + _field(5, _BYTES, b"".join(_field(1, _BYTES, one) for one in scalars)))
 
     def _append(self, event: bytes) -> None:
-        # In one write, so that a kill leaves no half of it before another record.
-        self._file.write(record(_field(1, _DOUBLE, time.time()) + event))
+        """Raises OSError where the disk is full."""
+        # In one write, so that a kill leaves no half of it before another record; nor does a full disk.
+        whole = record(_field(1, _DOUBLE, time.time()) + event)
+        written = self._file.write(whole)
+        if written < len(whole):
+            self._file.truncate(self._file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
     def close(self) -> None:
         self._file.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ _VALIDATION: Final = "validation_"
 
 Line = dict[str, Any]
 
+logger = logging.getLogger("tuneward_trainer")
+
 
 class MetricsLog:
     """attempts/<n>/metrics.jsonl: one line a step, and one a validation. Steps that an earlier attempt made again occur
@@ -25,12 +28,19 @@ class MetricsLog:
     def __init__(self, run: Path, number: int, from_step: int = 0) -> None:
         self._file = (attempt_directory(run, number) / FILE).open("a", buffering=1)
         self._events = EventFile(run, number, from_step)
+        self._missed = False
 
     def write(self, *, step: int, **values: float | int | None) -> None:
         line: Line = {"step": step, **values}
         kept = {name: value for name, value in line.items() if value is not None and math.isfinite(value)}
-        self._file.write(json.dumps(kept) + "\n")
-        self._events.write(step, tags(kept))
+        try:
+            self._file.write(json.dumps(kept) + "\n")
+            self._events.write(step, tags(kept))
+        except OSError as error:
+            # The training itself goes on, as it does where a checkpoint is not saved.
+            if not self._missed:
+                logger.error("the figures of step %d and later ones may be missing: %s", step, error)
+            self._missed = True
 
     def close(self) -> None:
         self._file.close()

@@ -74,8 +74,10 @@ class Reporter:
             return
         body = Progress(**self._known, observed_at=now()).to_json() | {"pid": os.getpid()}
         temporary = self._file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(body))
-        temporary.replace(self._file)
+        # A full disk is no reason to stop training, and the next word says as much as this one.
+        with contextlib.suppress(OSError):
+            temporary.write_text(json.dumps(body))
+            temporary.replace(self._file)
 
     @property
     def progress(self) -> Progress:

@@ -199,11 +199,16 @@ def memory_remedy(plan_path: Path) -> str:
 
 def leave(folder: Path | None, rank: int, ending: endings.Ending) -> None:
     """For the launcher: which rank failed first, and why."""
-    if folder is not None:
-        body = {**vars(ending), "exit_code": int(ending.exit_code), "rank": rank, "at": time.time()}
-        temporary = folder / f"ending-{rank}.tmp"
+    if folder is None:
+        return
+    body = {**vars(ending), "exit_code": int(ending.exit_code), "rank": rank, "at": time.time()}
+    temporary = folder / f"ending-{rank}.tmp"
+    try:
         temporary.write_text(canonical_json(body))
         temporary.replace(folder / f"ending-{rank}.json")
+    except OSError as error:
+        # The exit code alone tells then.
+        logger.error("%s was not written: %s", temporary.name, error)
 
 
 def die_with_parent() -> None:
