@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,9 +18,10 @@ from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from tests.support.mistral import MADE, SHIPPED, make_tekken
 
-from tuneward_trainer.data import formats
+from tuneward_trainer.data import formats, mistral_frames
 from tuneward_trainer.data.documents import Encoded
 from tuneward_trainer.data.mistral import OwnTokenizer, UnreadableError
+from tuneward_trainer.data.mistral_frames import Frames
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn
 
@@ -344,3 +346,63 @@ def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_text(content)
         with pytest.raises(UnreadableError, match=f"mistral-common refuses {name}"):
             OwnTokenizer(tmp_path / name)
+
+
+SAID = (
+    "How heavy?",
+    "2 kg",
+    " a lamp\n",
+    "[INST] not a token",
+    "</s>",
+    "héavy 👩‍🔬",
+    "so.\n\nYes",
+    "oil ",
+    "日本",
+    "a",
+    "\t1 2",
+)
+
+
+def plain_talk(dice: random.Random, *, system: bool) -> formats.Chat:
+    """As likely with a turn to ask behind the last answer as without; some answers have weight 0, the last has not."""
+    pairs = dice.choice([1, 1, 2, 3, 5, 9])
+    roles = ["system"] * system + ["user", "assistant"] * pairs + ["user"] * dice.randrange(2)
+    last = len(roles) - 1 - roles[::-1].index("assistant")
+    weights = [int(role == "assistant" and (index == last or dice.random() < 0.8)) for index, role in enumerate(roles)]
+    return formats.Chat([{"role": role, "content": dice.choice(SAID)} for role in roles], weights)
+
+
+@pytest.mark.parametrize("loss_on", ["Assistant", "LastAssistant"])
+@pytest.mark.parametrize("name", ALL)
+def test_plain_talks_by_their_texts_are_as_mistral_common_has_them(
+    files: dict[str, Path], name: str, loss_on: LossOn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dice, tokenizer = random.Random(name), own(files[name])
+    talks: list[formats.Sample] = [plain_talk(dice, system=number % 3 == 0) for number in range(60)]
+    quick = tokenizer.encoder(loss_on)
+    found = quick.encode(talks)
+    monkeypatch.setattr(Frames, "shape", lambda *_: None)
+    for ours, theirs in zip(found, tokenizer.encoder(loss_on).encode(talks), strict=True):
+        assert str(ours) == str(theirs) if isinstance(theirs, SampleError) else ours == theirs
+    # The first version writes its marks as text; before the seventh a system prompt is part of a user's turn.
+    number = int(name.removeprefix("v").split("-")[0])
+    told = [has_system for has_system, since in ((False, 2), (True, 7)) if number >= since]
+    assert sorted({kind[0] for kind in quick._frames._proved}) == told
+
+
+def test_a_frame_that_does_not_hold_is_not_used(files: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the tokens between turns change behind the first conversations."""
+    tokenizer, dice = own(files["v7-tekken"]), random.Random(0)
+    encoder = tokenizer.encoder("Assistant")
+    talks: list[formats.Sample] = [plain_talk(dice, system=False) for _ in range(30)]
+    expected = tokenizer.encoder("Assistant").encode(talks)
+    teach = mistral_frames._Frame.teach
+
+    def wrongly(frame: Any, *taught: Any) -> bool:
+        known = teach(frame, *taught)
+        frame.between = {gap: ids[::-1].copy() for gap, ids in frame.between.items()}
+        return known
+
+    monkeypatch.setattr(mistral_frames._Frame, "teach", wrongly)
+    assert encoder.encode(talks) == expected
+    assert not encoder._frames._proved

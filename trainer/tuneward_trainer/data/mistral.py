@@ -27,6 +27,7 @@ from tuneward_api.tokenizers import SENTENCEPIECE
 from tuneward_trainer.data.documents import Encoded, ids_of
 from tuneward_trainer.data.encode import document
 from tuneward_trainer.data.formats import Chat, PromptCompletion, Sample, Text
+from tuneward_trainer.data.mistral_frames import Frames
 from tuneward_trainer.data.mistral_messages import Message, messages_of
 from tuneward_trainer.data.problems import SampleError
 from tuneward_trainer.data.render import LossOn, as_chat, learnt_turns
@@ -49,6 +50,8 @@ class OwnTokenizer:
         """Raises UnreadableError."""
         self.asking = _load(file)
         inner = self.asking.instruct_tokenizer
+        # Each encoding would be decoded again, for a text that nobody reads, in as much time.
+        setattr(inner, "decode", _nothing)  # noqa: B010 - mypy knows no other way
         self.learning: Common = MistralTokenizer(
             inner,
             get_validator(self.asking.version, mode=ValidationMode.finetuning),
@@ -86,6 +89,13 @@ class OwnTokenizer:
         """A text without turns, from <s> to </s>."""
         return self._plain.encode(text, bos=True, eos=True)
 
+    def alone(self, text: str) -> list[int]:
+        """A text that stands between control tokens."""
+        return self._plain.encode(text, bos=False, eos=False)
+
+    def is_special(self, number: int) -> bool:
+        return self._plain.is_special(number)
+
     def special(self, token: SpecialTokens) -> int | None:
         """Its id, if the vocabulary has it as a special token."""
         return self._plain.get_special_token(token.value) if self._plain.is_special(token.value) else None
@@ -114,6 +124,10 @@ def _load(file: Path) -> Common:
     return found
 
 
+def _nothing(*_: object, **__: object) -> str:
+    return ""
+
+
 def _reason(error: Exception) -> str:
     """In one line; pydantic's errors come in several, and the first only counts them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "errors.pydantic.dev" not in line]
@@ -127,6 +141,11 @@ class MistralEncoder:
     def __init__(self, tokenizer: OwnTokenizer, loss_on: LossOn) -> None:
         self._tokenizer = tokenizer
         self._loss_on = loss_on
+        self._frames = Frames(tokenizer.alone, tokenizer.is_special)
+
+    def __reduce__(self) -> tuple[type[MistralEncoder], tuple[OwnTokenizer, LossOn]]:
+        """Another process begins with no frames."""
+        return MistralEncoder, (self._tokenizer, self._loss_on)
 
     def encode(self, samples: Sequence[Sample]) -> list[list[Encoded] | SampleError]:
         """One entry for each sample: its documents, or what is wrong with it."""
@@ -142,11 +161,15 @@ class MistralEncoder:
             return error
 
     def _chat(self, chat: Chat) -> list[Encoded]:
-        conversation = _Conversation(chat, self._tokenizer)
         if self._loss_on == "All":
-            return [conversation.everything()]
+            return [_Conversation(chat, self._tokenizer).everything()]
         learnt = learnt_turns(chat, self._loss_on)
+        shape, conversation = self._frames.shape(chat, learnt), _Conversation(chat, self._tokenizer)
+        if shape is not None and (known := self._frames.encoded(shape, chat, conversation.as_one)) is not None:
+            return [known]
         whole = conversation.as_one(learnt)
+        if shape is not None and whole is not None:
+            self._frames.learn(shape, chat, whole)
         documents = [whole] if whole is not None else [conversation.turn(index) for index in learnt]
         conversation.check_tools(learnt[-1] + 1)
         return documents
