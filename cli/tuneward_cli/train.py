@@ -52,7 +52,7 @@ def train(options: Options, voice: Voice) -> int:
         request = workstation.lay_out(place, loaded, job, restart=options.restart)
         plan = tries.until_done(lambda: workstation.prepare(place, request, voice))
         _attempts(place, plan, job, tries, {names.ENV_PROFILE: options.profile} if options.profile else {})
-        report = tries.until_done(lambda: workstation.finish(place, plan, voice), Phase.REGISTERING)
+        report = _finish(place, plan, tries)
     except KeyboardInterrupt as stopped:
         raise CommandError(
             f"{phase_line(name, Phase.SUSPENDED)}: stopped on request; what was saved is in {place.run}",
@@ -61,6 +61,15 @@ def train(options: Options, voice: Voice) -> int:
         ) from stopped
     _tell(place, plan, report, voice)
     return ExitCode.OK
+
+
+def _finish(place: Place, plan: Plan, tries: Tries) -> FinishReport:
+    try:
+        return tries.until_done(lambda: workstation.finish(place, plan, tries.voice), Phase.REGISTERING)
+    except CommandError:
+        # What a gate refuses is worth a look.
+        show_losses(place, tries.voice)
+        raise
 
 
 def _attempts(place: Place, plan: Plan, job: FineTuneJob, tries: Tries, extra: Mapping[str, str]) -> None:

@@ -115,12 +115,13 @@ class Bar:
 
 
 class PlainBar(Bar):
-    """One line every few seconds while steps go by, and one every ten while they do not."""
+    """One line every few seconds while steps go by, and one every ten while they do not. What was said already is said
+    again with the time since."""
 
     def __init__(self, voice: Voice, label: str) -> None:
         super().__init__(voice, label)
-        self._spoken_at = float("-inf")
-        self._phase = self._line = ""
+        self._spoken_at = self._first_at = float("-inf")
+        self._phase = self._line = self._spoken = ""
 
     def phase(self, phase: str, line: str) -> None:
         self._line = line
@@ -130,13 +131,19 @@ class PlainBar(Bar):
 
     def _speak(self, text: str) -> None:
         self._spoken_at = time.monotonic()
-        self.voice.line(f"… {text}")
+        if text != self._spoken:
+            self._spoken, self._first_at = text, self._spoken_at
+            self.voice.line(f"… {text}")
+        else:
+            self.voice.line(f"… {text} ({self._spoken_at - self._first_at:.0f} s)")
 
     def update(self, seen: Seen) -> None:
+        text = self._line or f"{self.label}: {progress_line(seen)}"
         last = seen.steps > 0 and seen.step == seen.steps
         quiet = time.monotonic() - self._spoken_at
-        if (seen != self.seen and (quiet >= _LINE_EVERY or last)) or quiet >= HEARTBEAT:
-            self._speak(self._line or f"{self.label}: {progress_line(seen)}")
+        news = seen != self.seen and text != self._spoken
+        if (news and (quiet >= _LINE_EVERY or last)) or quiet >= HEARTBEAT:
+            self._speak(text)
         self.seen = seen
 
 

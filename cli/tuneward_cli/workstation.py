@@ -361,4 +361,7 @@ def _remedy(place: Place, report: Report, log: Path) -> str:
     """The one command that helps with a refusal of prepare or finish."""
     if str(report.reason) == "InputMissing" and "imports/" in report.message:
         return f"tuneward import MODEL_DIR NAME --store {place.store}"
+    answers = sorted(place.run.glob("attempts/*/generations.jsonl"))
+    if report.reason == Reason.GATE_REFUSED and answers:
+        return f"less {answers[-1]}"
     return f"tail -50 {log}"

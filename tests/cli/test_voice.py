@@ -63,6 +63,18 @@ def test_a_plain_bar_says_each_phase_once(capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.splitlines() == ["… lantern: Starting"]
 
 
+def test_a_plain_bar_that_says_the_same_again_says_for_how_long(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Voice().bar("lantern") as bar:
+        bar.phase("Running", "lantern: step 25/25")
+        bar.update(Seen(25, 25))
+        assert capsys.readouterr().out.splitlines() == ["… lantern: step 25/25"]
+        monkeypatch.setattr(module, "HEARTBEAT", 0)
+        bar.update(Seen(25, 25))
+    assert capsys.readouterr().out.splitlines() == ["… lantern: step 25/25 (0 s)"]
+
+
 def test_a_terminal_gets_a_bar() -> None:
     voice = Voice()
     screen = io.StringIO()

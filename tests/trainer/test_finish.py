@@ -129,6 +129,14 @@ def test_a_score_below_the_gates_is_refused(before: float | None, after: float |
     assert (said or "") in (found or "")
 
 
+def test_everything_that_is_missed_is_told() -> None:
+    metrics = Metrics(validation_loss_before=2.0, validation_loss_after=2.5, task_score_after=0.25)
+    assert finish.refused(Gate(max_loss=1.0, min_improvement=0.1, min_score=0.5), metrics) == (
+        "the validation loss is 2.5000, 2.0000 before, worse by 25.0%; evaluation.gate.maxLoss is 1; "
+        "evaluation.gate.minImprovement is 10.0%; the task score is 25.0%; evaluation.gate.minScore is 50.0%"
+    )
+
+
 def test_a_gate_that_is_reached_lets_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = {"training": [{"uri": "pvc://claim/chats.jsonl"}], "validationFraction": 0.1}
     gate = {"maxLoss": 1.6, "minImprovement": 0.2}

@@ -315,6 +315,15 @@ def test_columns_are_aligned() -> None:
     assert list(aligned([("a", "", "1"), ("bb", "", "22")])) == ["a    1", "bb  22"]
 
 
+def test_a_schema_of_answers_that_is_none_is_found_before_prepare_finds_it(
+    room: Room, capsys: pytest.CaptureFixture[str]
+) -> None:
+    room.request["spec"]["datasets"] |= {"validationFraction": 0.1}
+    room.request["spec"]["evaluation"] = {"task": {"grader": "JSONSchema", "jsonSchema": '{"type": "objec"}'}}
+    assert main(["validate", "--request", str(room.write_request())]) == 78
+    assert "spec.evaluation.task.jsonSchema is no JSON Schema: $.type: 'objec' is not" in capsys.readouterr().err
+
+
 def test_pairs_are_looked_at_as_a_preference_job_would(
     room: Room, validate: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -82,10 +82,10 @@ def succeeded(plan: Plan, run: Path) -> Result:
 
 
 def refused(gate: Gate | None, metrics: Metrics) -> str | None:
-    """Why the gate refuses, with both figures, or None."""
+    """All that the gate refuses, each with both figures, or None."""
     if gate is None:
         return None
-    return _loss_refused(gate, metrics) or _score_refused(gate, metrics)
+    return "; ".join(filter(None, (_loss_refused(gate, metrics), _score_refused(gate, metrics)))) or None
 
 
 def _loss_refused(gate: Gate, metrics: Metrics) -> str | None:
@@ -94,13 +94,16 @@ def _loss_refused(gate: Gate, metrics: Metrics) -> str | None:
         return None
     if before is None or after is None:
         return "the gate needs a validation loss, and none was measured: the validation samples hold no target token"
-    figures = f"the validation loss is {after:.4f}, {before:.4f} before"
-    if gate.max_loss is not None and after > gate.max_loss:
-        return f"{figures}; evaluation.gate.maxLoss is {gate.max_loss:g}"
     improvement = (before - after) / before if before else 0.0
+    missed = []
+    if gate.max_loss is not None and after > gate.max_loss:
+        missed.append(f"evaluation.gate.maxLoss is {gate.max_loss:g}")
     if gate.min_improvement is not None and improvement < gate.min_improvement:
-        return f"{figures}, better by {improvement:.1%}; evaluation.gate.minImprovement is {gate.min_improvement:.1%}"
-    return None
+        missed.append(f"evaluation.gate.minImprovement is {gate.min_improvement:.1%}")
+    if not missed:
+        return None
+    change = f"{'better' if improvement >= 0 else 'worse'} by {abs(improvement):.1%}"
+    return "; ".join([f"the validation loss is {after:.4f}, {before:.4f} before, {change}", *missed])
 
 
 def _score_refused(gate: Gate, metrics: Metrics) -> str | None:

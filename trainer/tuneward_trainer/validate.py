@@ -32,7 +32,7 @@ from tuneward_trainer.data.render import LossOn
 from tuneward_trainer.data.samples import Limits, Source, Worker
 from tuneward_trainer.facts import Facts, examine
 from tuneward_trainer.findings import Findings
-from tuneward_trainer.prepare import read_request, sources
+from tuneward_trainer.prepare import check_task, read_request, sources
 from tuneward_trainer.report import config_bad, ending, input_missing, start_logging
 from tuneward_trainer.store import Places
 from tuneward_trainer.tokenizer import load_tokenizer
@@ -151,6 +151,7 @@ def _with_length(asked: int | None) -> Hyperparameters:
 def _of_request(file: Path) -> Wanted:
     """Checks the job against its model too. Raises EndError."""
     request: Request = read_request(file)
+    check_task(request)
     places, spec, claim = Places.from_environment(), request.spec, request.store_claim
     folder = models.find(request.base_uri, places=places, store_claim=claim).folder
     facts = examine(folder)
