@@ -19,7 +19,7 @@ from tuneward_cli.errors import USAGE, CommandError
 from tuneward_cli.process import environment
 from tuneward_cli.voice import Voice
 
-_YAML = (".yaml", ".yml", ".json")
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +37,13 @@ class Wanted:
 
     @property
     def manifests(self) -> list[Path]:
-        return [file for file in self.files if file.suffix in _YAML]
+        """With a model .json is data, as many data sets have it."""
+        known = _YAML if self.model is not None else (*_YAML, ".json")
+        return [file for file in self.files if file.suffix in known]
 
     @property
     def data(self) -> list[Path]:
-        return [file for file in self.files if file.suffix not in _YAML]
+        return [file for file in self.files if file not in self.manifests]
 
     @property
     def looks_at_jobs(self) -> bool:

@@ -21,6 +21,7 @@ from tuneward_cli.main import main, parser
         (["validate", "data.jsonl"], 2, "its chat template comes from a model", "tuneward validate data.jsonl --model DIR"),
         (["validate", "nothing.yaml"], 66, "cannot be read", "ls examples/"),
         (["validate", "nothing.jsonl", "--model", "."], 66, "nothing.jsonl is not there", "ls"),
+        (["validate", "nothing.json", "--model", "."], 66, "nothing.json is not there", "ls"),
         (["import", "nothing", "name"], 66, "nothing is no model folder", "ls nothing"),
         (["import", ".", "a/b"], 2, "'a/b' must be letters", "tuneward import DIR my-model"),
         (["chat", "--store", "nothing"], 1, "holds no finished job", "tuneward train examples/finetune.yaml"),

@@ -62,8 +62,8 @@ def test_lines_longer_than_a_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (gzip.compress(A * 50)[:-9], "ends in the middle of its gzip stream"),
-        (gzip.compress(A * 50)[:-8] + b"\xff" * 8, "is a broken gzip stream"),
+        (gzip.compress(A * 50)[:-9], "^the file ends in the middle of its gzip stream"),
+        (gzip.compress(A * 50)[:-8] + b"\xff" * 8, "^the file is a broken gzip stream"),
     ],
     ids=["cut", "wrong sum"],
 )
@@ -146,9 +146,9 @@ def test_zstd_frames(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (zstd(A * 50)[:-9], "is a broken zstd stream"),
-        (zstd(A) + b"garbage", "is a broken zstd stream"),
-        (b"PAR1" + b"x" * 40, "is a broken Parquet file"),
+        (zstd(A * 50)[:-9], "^the file is a broken zstd stream"),
+        (zstd(A) + b"garbage", "^the file is a broken zstd stream"),
+        (b"PAR1" + b"x" * 40, "^the file is a broken Parquet file"),
     ],
     ids=["cut", "garbage", "no table"],
 )
@@ -244,6 +244,8 @@ def user_then(**assistant: Any) -> dict[str, Any]:
         (user_then(content="b") | {"images": ["x.png"]}, "images would not be learnt from; allowed: only messages, tools"),
         ({"prompt": "a", "completion": None}, "completion is null; allowed: a text"),
         ({"prompt": "a", "completion": ""}, "completion is empty; allowed: a text"),
+        ({"prompt": "a", "completion": " "}, 'completion is " ": the model would learn to say nothing; allowed: a text'),
+        ({"instruction": "a", "output": "\n"}, 'output is "\\n": the model would learn to say nothing; allowed: a text'),
         ({"text": ["a"]}, 'text is ["a"]; allowed: a text'),
         ({"text": ""}, "text is empty; allowed: a text"),
     ],

@@ -110,7 +110,7 @@ class Findings:
         yield from lines
         if problems.count > len(lines):
             yield f"… and {problems.count - len(lines)} more"
-        yield f"{problems.count} {'problem' if problems.count == 1 else 'problems'}"
+        yield _counted(problems.count, "problem")
 
     def _table(self) -> Iterator[str]:
         summary = self.gathered.summary
@@ -127,9 +127,10 @@ class Findings:
             return
         numbers = self.numbers
         which = "the job will take" if self.valid else "with the good samples alone the job would take"
+        steps, epochs = _counted(numbers.steps, "step"), _counted(numbers.epochs, "epoch")
         yield (
-            f"{which} {numbers.steps:,} steps ({numbers.epochs:g} epochs) of about {numbers.batch_tokens:,} tokens "
-            f"(batchTokens), in rows of {numbers.sequence_length:,} (sequenceLength)"
+            f"{which} {steps} ({epochs}) of about {numbers.batch_tokens:,} tokens (batchTokens), "
+            f"in rows of {numbers.sequence_length:,} (sequenceLength)"
         )
         if self.time is not None:
             yield _time_line(self.time)
@@ -169,8 +170,13 @@ def bars(lengths: NDArray[np.int32]) -> Iterator[str]:
         yield f"  up to {bound:>7,} {count:>9,} {'#' * max(1, round(_BAR * count / most))}"
 
 
+def _counted(count: float, noun: str) -> str:
+    number = f"{int(count):,}" if count == int(count) else f"{count:g}"
+    return f"{number} {noun}" + ("" if count == 1 else "s")
+
+
 def _samples(count: int) -> str:
-    return f"{count:,} {'sample' if count == 1 else 'samples'}"
+    return _counted(count, "sample")
 
 
 def _told(text: str, overlap: Overlap) -> Iterator[str]:

@@ -80,7 +80,7 @@ def _split(chunks: Iterator[bytes]) -> Iterator[bytes]:
         rest = lines.pop()
         yield from lines
         if len(rest) > LONGEST_LINE:
-            raise SampleError("", f"has a line of more than {LONGEST_LINE} bytes", _JSONL)
+            raise SampleError("the file", f"has a line of more than {LONGEST_LINE} bytes", _JSONL)
     if rest:
         yield rest
 
@@ -110,9 +110,9 @@ def _gunzip(file: IO[bytes]) -> Iterator[bytes]:
         member = zlib.decompressobj(wbits=31)
         while not member.eof:
             if not left:
-                raise SampleError("", "ends in the middle of its gzip stream", "a whole file; copy it again")
+                raise SampleError("the file", "ends in the middle of its gzip stream", "a whole file; copy it again")
             try:
                 yield member.decompress(left)
             except zlib.error as error:
-                raise SampleError("", f"is a broken gzip stream ({error})", "a whole file; copy it again") from error
+                raise SampleError("the file", f"is a broken gzip stream ({error})", "a whole file; copy it again") from error
             left = member.unused_data or (b"" if member.eof else file.read(_CHUNK))

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple, TypeAlias
 
 from tuneward_api.datasets import DataFormat
 from tuneward_trainer.data.calls import parse
-from tuneward_trainer.data.messages import Weighed, read_message, read_messages, text_of, tools_of
+from tuneward_trainer.data.messages import Weighed, answer_of, read_message, read_messages, text_of, tools_of
 from tuneward_trainer.data.problems import SampleError, show
 
 Format: TypeAlias = DataFormat
@@ -163,7 +163,7 @@ def _prompt_completion(prompt: Any, completion: Any, tools: list[dict[str, Any]]
     if not isinstance(prompt, list):
         if tools:
             raise SampleError("tools", "would not be learnt from", "tools belong to messages")
-        return PromptCompletion(text_of(prompt, "prompt", empty=True), text_of(completion, "completion"))
+        return PromptCompletion(text_of(prompt, "prompt", empty=True), answer_of(completion, "completion"))
     before, after = read_messages(prompt, "prompt"), read_messages(completion, "completion")
     paths = [f"prompt[{i}]" for i in range(len(before))] + [f"completion[{i}]" for i in range(len(after))]
     return _chat([(message, 0) for message, _ in before] + after, tools, "completion", *paths)
@@ -176,7 +176,7 @@ def _instruction(value: dict[str, Any]) -> Chat:
     turns = [
         ("system", text_of(value.get("system") or "", "system", empty=True)),
         ("instruction", f"{asked}\n\n{given}" if given.strip() else asked),
-        ("output", text_of(value["output"], "output")),
+        ("output", answer_of(value["output"], "output")),
     ]
     roles = {"system": "system", "instruction": "user", "output": "assistant"}
     messages = [({"role": roles[path], "content": content}, int(path == "output")) for path, content in turns if content]

@@ -106,7 +106,19 @@ def _content(value: Any, path: str, present: bool, role: str, calls: bool, weigh
         value = "\n".join(_part(part, f"{path}[{index}]") for index, part in enumerate(value))
     text = text_of(value, path, empty=True)
     if role == "assistant" and weight and not calls and not text.strip():
-        raise SampleError(path, f"is {show(text)}: the model would learn to say nothing", "a text, or weight 0")
+        raise SampleError(path, _silent(text), "a text, or weight 0")
+    return text
+
+
+def _silent(text: str) -> str:
+    return f"is {show(text)}: the model would learn to say nothing"
+
+
+def answer_of(value: Any, path: str) -> str:
+    """What is learnt of a sample without messages. Raises SampleError where it is no text, or blank."""
+    text = text_of(value, path)
+    if not text.strip():
+        raise SampleError(path, _silent(text), _TEXT)
     return text
 
 

@@ -32,7 +32,7 @@ def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     number += 1
                     yield number, _without_nulls(row)
     except (ArrowException, OSError) as error:
-        raise SampleError("", f"is a broken Parquet file ({_first_line(error)})", _WHOLE) from error
+        raise SampleError("the file", f"is a broken Parquet file ({_first_line(error)})", _WHOLE) from error
 
 
 def _without_nulls(value: Any) -> Any:
@@ -53,7 +53,7 @@ def unzstd(path: Path) -> Iterator[bytes]:
             while chunk := stream.read(_CHUNK):
                 yield chunk
     except (ArrowException, OSError) as error:
-        raise SampleError("", f"is a broken zstd stream ({_first_line(error)})", _WHOLE) from error
+        raise SampleError("the file", f"is a broken zstd stream ({_first_line(error)})", _WHOLE) from error
 
 
 def _first_line(error: Exception) -> str:
