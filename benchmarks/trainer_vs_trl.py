@@ -317,9 +317,8 @@ def report(case: Case, speed: Speed, memory: dict[str, dict[str, float]]) -> lis
         print(f"  memory of ours over {other:9s} {share:.2f} for training, {whole:.2f} whole  budget 0.5 for training")
         if share > 0.5:
             missed.append(f"{case.name}: {share:.2f} of the memory of {other}, budget 0.5")
-    print(
-        f"  share of the peak of a matrix product: {speed.share_of_peak():.0%} of {statistics.median(speed.peak) / 1e9:.0f}"
-    )
+    peak = statistics.median(speed.peak) / 1e9
+    print(f"  share of the peak of a matrix product: {speed.share_of_peak():.0%} of {peak:.0f} GFLOP a CPU second")
     return missed
 
 
