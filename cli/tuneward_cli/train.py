@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tuneward_api import curves, names
 from tuneward_api.conditions import FailureClass, Phase
 from tuneward_api.failures import Failure, hang
-from tuneward_api.files import FinishReport, Plan, Result
+from tuneward_api.files import FinishedAdapter, FinishReport, Plan, Result
 from tuneward_api.finetunejob import FineTuneJob, RunPolicy
 from tuneward_api.names import ExitCode
 from tuneward_cli import workstation
@@ -19,7 +19,16 @@ from tuneward_cli.finished import Finished
 from tuneward_cli.gang import Gang, HangError, failure_of
 from tuneward_cli.tries import Tries, budget
 from tuneward_cli.voice import Bar, Voice
-from tuneward_cli.words import Seen, accuracy_line, losses_line, phase_line, progress_line, score_line
+from tuneward_cli.words import (
+    Seen,
+    accuracy_line,
+    chosen_line,
+    losses_line,
+    perplexity_line,
+    phase_line,
+    progress_line,
+    score_line,
+)
 from tuneward_cli.workstation import Place
 
 
@@ -148,6 +157,19 @@ def show_losses(place: Place, voice: Voice) -> None:
         voice.line(f"  trace, for ui.perfetto.dev: {trace}")
 
 
+def _measured(place: Place, plan: Plan, adapter: FinishedAdapter) -> Iterator[str]:
+    metrics = adapter.metrics
+    before, after = metrics.validation_loss_before, metrics.validation_loss_after
+    yield losses_line(before, after, metrics.train_loss)
+    if (chosen := chosen_line(adapter.step, plan.prepared.hyperparameters.steps)) is not None:
+        yield chosen
+    if (tokens := accuracy_line(metrics.validation_accuracy_before, metrics.validation_accuracy_after)) is not None:
+        # Of preferences there is neither.
+        yield f"{tokens}; {perplexity_line(before, after)}" if before is not None and after is not None else tokens
+    if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
+        yield f"{scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}"
+
+
 def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     """Where the adapter is, what was measured, what to do next."""
     adapter, name = report.adapter, plan.request.job.name
@@ -157,11 +179,8 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     path = place.store / adapter.folder
     voice.done(phase_line(name, Phase.SUCCEEDED, report.message))
     show_losses(place, voice)
-    voice.line(f"  {losses_line(metrics.validation_loss_before, metrics.validation_loss_after, metrics.train_loss)}")
-    if (tokens := accuracy_line(metrics.validation_accuracy_before, metrics.validation_accuracy_after)) is not None:
-        voice.line(f"  {tokens}")
-    if (scores := score_line(metrics.task_score_before, metrics.task_score_after)) is not None:
-        voice.line(f"  {scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}")
+    for line in _measured(place, plan, adapter):
+        voice.line(f"  {line}")
     model = Finished(plan, adapter).name
     kind = "model" if adapter.whole else "adapter"
     voice.line(f"  {kind}: {path}")

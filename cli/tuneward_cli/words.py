@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 from tuneward_api.conditions import Phase
 from tuneward_api.quantities import duration
 
+_LOSS_OF_NOTE = 700.0
+"""Nats. The exponential of more is no double."""
 _DOING: dict[str, str] = {
     Phase.PENDING: "waits for the operator",
     Phase.VALIDATING: "checks model and data, tokenizes",
@@ -121,11 +124,30 @@ def accuracy_line(before: float | None, after: float | None) -> str | None:
     return f"held-out tokens that it would write: {before:.0%} before, {after:.0%} after"
 
 
+def perplexity_line(before: float, after: float) -> str:
+    """`perplexity 28.5 before, 1.9 after`: e to the power of the losses, which are nats a token."""
+    return "perplexity {} before, {} after".format(
+        *(_rounded(math.exp(min(loss, _LOSS_OF_NOTE))) for loss in (before, after))
+    )
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, _LOSS_OF_NOTE))
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.1e}"
+
+
 def score_line(before: float | None, after: float | None) -> str | None:
     """`answers that count: 12% before, 88% after`, where a task was graded."""
     if after is None:
         return None
     return f"answers that count: {f'{before:.0%} before, ' if before is not None else ''}{after:.0%} after"
+
+
+def chosen_line(step: int, steps: int) -> str | None:
+    """`step 16 of 30 became the model: …`, where `evaluation.patience` took another state than the last."""
+    if step >= steps:
+        return None
+    return f"step {step} of {steps} became the model: it had the lowest validation loss"
 
 
 def losses_line(before: float | None, after: float | None, train: float | None) -> str:

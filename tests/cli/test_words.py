@@ -74,6 +74,23 @@ def test_every_phase_has_its_words() -> None:
         assert "does not know" not in words.phase_line("x", phase)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "line"),
+    [
+        (3.35, 0.0, "perplexity 28.5 before, 1.0 after"),
+        (8.108, 2.743, "perplexity 3,321 before, 15.5 after"),
+        (1e4, 20.0, "perplexity 1.0e+304 before, 4.9e+08 after"),
+    ],
+)
+def test_perplexity(before: float, after: float, line: str) -> None:
+    assert words.perplexity_line(before, after) == line
+
+
+def test_a_state_that_patience_chose_is_named() -> None:
+    assert words.chosen_line(16, 30) == "step 16 of 30 became the model: it had the lowest validation loss"
+    assert words.chosen_line(30, 30) is None
+
+
 def test_losses() -> None:
     assert words.losses_line(3.41, 0.62, 0.05) == "validation loss 3.410 before, 0.620 after; training loss 0.050"
     assert words.losses_line(None, None, None) == "no loss was measured"
