@@ -126,9 +126,7 @@ def accuracy_line(before: float | None, after: float | None) -> str | None:
 
 def perplexity_line(before: float, after: float) -> str:
     """`perplexity 28.5 before, 1.9 after`: e to the power of the losses, which are nats a token."""
-    return "perplexity {} before, {} after".format(
-        *(_rounded(math.exp(min(loss, _LOSS_OF_NOTE))) for loss in (before, after))
-    )
+    return f"perplexity {_perplexity(before)} before, {_perplexity(after)} after"
 
 
 def _perplexity(loss: float) -> str:
