@@ -1,6 +1,7 @@
-"""Compiled layers on the device itself, before the first step: prepare has checked their graphs, not their kernels.
+"""Kernels on the device itself, before the first step: prepare has checked on a CPU, which has others.
 
-It is also when they are compiled: ranks may take their time now, and none waits for another one in a collective of a step.
+A packed row is held against its documents one by one, and compiled layers against themselves uncompiled. It is also when they
+are compiled: ranks may take their time now, and none waits for another one in a collective of a step.
 """
 
 from __future__ import annotations
@@ -16,20 +17,22 @@ from tuneward_trainer import compiled, patches
 from tuneward_trainer.batch import Batch, collate, padded
 from tuneward_trainer.engine import Engine
 from tuneward_trainer.losses import cross_entropy
-from tuneward_trainer.model import plain
+from tuneward_trainer.model import computed_in
 from tuneward_trainer.session import Session
 
-LIMITS: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""By the base's dtype: largest relative difference of log-probabilities and of the whole gradient. Rounding gives a tenth of
+LIMITS: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
+"""By what is computed in: largest relative difference of log-probabilities and of the whole gradient. Rounding gives a tenth of
 it, a wrong kernel more than all."""
 
 logger = logging.getLogger("tuneward_trainer")
 
 
 def usable(session: Session) -> list[str]:
-    """The plan's patches, without compiled layers where they are not wanted or not right on any rank's device. Where they
-    stay, the session's rows get one length."""
-    chosen = session.plan.prepared.packing.patches
+    """The plan's patches, without packed attention or compiled layers where they are not wanted or not right on any rank's
+    device. Where compiled layers stay, the session's rows get one length."""
+    if asked(session):
+        session.patches = kernels_seen_right(session, session.patches)
+    chosen = session.patches
     without = [name for name in chosen if name != patches.COMPILED]
     # Kernels that another attempt makes, or cannot make, may round otherwise: not where the same bytes are promised.
     exact = session.gang.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
@@ -52,6 +55,45 @@ def usable(session: Session) -> list[str]:
     return chosen
 
 
+def asked(session: Session) -> bool:
+    """A CPU runs what prepare has checked."""
+    return session.gang.device.type == "cuda"
+
+
+def kernels_seen_right(session: Session, chosen: list[str]) -> list[str]:
+    """`chosen`, or what is left of it where on any rank the first micro-batch's documents have other log-probabilities in
+    a row than each alone."""
+    if patches.PACKED_ATTENTION not in chosen:
+        return chosen
+    packed = [name for name in chosen if name != patches.COMPILED]
+    alone = [name for name in packed if name != patches.PACKED_ATTENTION]
+    complaints = session.gang.gather([complaint] if (complaint := _unlike(session, packed, alone)) else [])
+    if not complaints:
+        return chosen
+    logger.warning("the patch %s is not used: %s", patches.PACKED_ATTENTION, complaints[0])
+    return alone
+
+
+def _unlike(session: Session, packed: list[str], alone: list[str]) -> str | None:
+    # The same one on every rank: through a model that they hold together a pass is one of all.
+    documents = session.micro_batches(session.engine.step)[0]
+    batch = collate(((index, session.training[index]) for index in documents), longest=session.row_limit)
+    batch, found = batch.to(session.gang.device), []
+    try:
+        for names in (alone, packed):
+            with patches.applied(session.engine.model, names) as forward, torch.no_grad():
+                found.append(forward(batch))
+    except Exception as error:  # noqa: BLE001 - a kernel that fails is not used, whatever it says
+        return compiled.said(error)
+    error, limit = _difference(found[1], found[0]), _limit(session)
+    # NaN must not pass.
+    return None if error <= limit else f"on this device log-probabilities differ by {error:.1e}, more than {limit:g}"
+
+
+def _limit(session: Session) -> float:
+    return LIMITS[computed_in(session.gang.device)]
+
+
 def _complaint(session: Session, length: int, without: list[str]) -> str | None:
     engine = session.engine
     if not isinstance(engine, Engine):
@@ -66,7 +108,7 @@ def _complaint(session: Session, length: int, without: list[str]) -> str | None:
         engine.gradient.zero_()
         return compiled.said(error)
     errors = [_difference(one, other) for one, other in zip(found, wanted, strict=True)]
-    limit = LIMITS.get(plain(engine.model).dtype, min(LIMITS.values()))
+    limit = _limit(session)
     # NaN must not pass.
     if all(error <= limit for error in errors):
         return None

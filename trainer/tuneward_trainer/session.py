@@ -101,6 +101,8 @@ class Session:
     """To which it was trained; the result may be of an earlier one."""
     train_loss: float | None = None
     stopped: bool = False
+    patches: list[str]
+    """The plan's, without those that are not right on some rank's device."""
     row_length: int = 0
     """Tokens that each micro-batch is padded to; 0: none is."""
     ahead: bool = False
@@ -130,7 +132,7 @@ class Session:
     def apart(self) -> bool:
         """Whether documents take a pass through the model each. Then a micro-batch is one document (of pairs, one pair), so
         that all take as many passes: through a sharded model a pass is one of all ranks."""
-        return PACKED_ATTENTION not in self.plan.prepared.packing.patches
+        return PACKED_ATTENTION not in self.patches
 
     def micro_batches(self, step: int) -> list[list[int]]:
         """The documents of each micro-batch of step `step` (from 0)."""
@@ -199,6 +201,7 @@ def begin(plan: Plan, gang: Gang, stop: Stop, reporter: Reporter) -> Session:
             uniform_loss(plain(engine.model), prepared.objective.type), **(found.watch if found is not None else {})
         ),
         saved_step=step,
+        patches=list(prepared.packing.patches),
         ahead=gang.device.type == "cuda",
         best=Best.resumed(evaluation.patience if evaluation is not None else None, notes),
         before=measured_before(notes),
