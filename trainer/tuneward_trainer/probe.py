@@ -1,7 +1,7 @@
 """Kernels on the device itself, before the first step: prepare has checked on a CPU, which has others.
 
-A packed row is held against its documents one by one, and compiled layers against themselves uncompiled. It is also when they
-are compiled: ranks may take their time now, and none waits for another one in a collective of a step.
+A packed row is held against its documents one by one, and compiled layers against themselves uncompiled. It is also when
+they are compiled: ranks may take their time now, and none waits for another one in a collective of a step.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from tuneward_trainer.model import computed_in
 from tuneward_trainer.session import Session
 
 LIMITS: Final = {torch.float32: 1e-3, torch.bfloat16: 0.1}
-"""By what is computed in: largest relative difference of log-probabilities and of the whole gradient. Rounding gives a tenth of
-it, a wrong kernel more than all."""
+"""By what is computed in: largest relative difference of log-probabilities and of the whole gradient. Rounding gives a
+tenth of it, a wrong kernel more than all."""
 
 logger = logging.getLogger("tuneward_trainer")
 
@@ -85,9 +85,9 @@ def _unlike(session: Session, packed: list[str], alone: list[str]) -> str | None
                 found.append(forward(batch))
     except Exception as error:  # noqa: BLE001 - a kernel that fails is not used, whatever it says
         return compiled.said(error)
-    error, limit = _difference(found[1], found[0]), _limit(session)
+    worst, limit = _difference(found[1], found[0]), _limit(session)
     # NaN must not pass.
-    return None if error <= limit else f"on this device log-probabilities differ by {error:.1e}, more than {limit:g}"
+    return None if worst <= limit else f"on this device log-probabilities differ by {worst:.1e}, more than {limit:g}"
 
 
 def _limit(session: Session) -> float:
