@@ -209,15 +209,26 @@ def test_ranks_that_could_not_leave_word_are_known_by_their_codes(tmp_path: Path
     assert "could not leave word why (rank 0: 75)" in result.message
 
 
-def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    job = make_job(tmp_path)
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (
+            "4Gi",
+            "lower spec.hyperparameters.sequenceLength from 48 to 16, or raise spec.workers.resources.limits.memory to 5Gi",
+        ),
+        (
+            "512Mi",
+            "even rows of 16 tokens need more than a rank's 0.5 GiB: raise spec.workers.resources.limits.memory to 2Gi",
+        ),
+    ],
+    ids=["shorter rows", "no row fits"],
+)
+def test_a_kill_for_memory_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, said: str) -> None:
+    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 0, "resources": {"limits": {"memory": limit}}}})
     monkeypatch.setenv("TUNEWARD_MODEL_DIR", job.variables()["TUNEWARD_MODEL_DIR"])
     result = conclude(job, tmp_path, conclusion.Outcome({0: -9}), out_of_memory=True)
     assert (result.reason, result.exit_code) == (Reason.OUT_OF_MEMORY, 1)
-    assert result.message == (
-        "a rank was killed for memory; lower spec.hyperparameters.sequenceLength from 48 to 16, "
-        "or raise spec.workers.resources.limits.memory to 5Gi"
-    )
+    assert result.message == f"a rank was killed for memory; {said}"
 
 
 def test_a_stop_before_the_first_step_is_a_stop(tmp_path: Path) -> None:

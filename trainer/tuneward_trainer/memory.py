@@ -280,6 +280,9 @@ def remedy(plan: Plan, folder: Path, room: int | None) -> str:
             f"spec.workers.replicas from {replicas}, since ranks share them, or set spec.method.type to LoRA"
         )
     other = _packed(plan.prepared.method.type, costs, choice, had) + _shared(costs, choice, had)
+    if costs.fit(had, recompute=choice.recompute) < costs.unit * _SHORTEST:
+        lead = f"even rows of {_SHORTEST} tokens need more than a rank's {had / GIB:.3g} GiB"
+        return f"{lead}: {other}or {instead}" if other else f"{lead}: {instead}"
     return f"{_smaller(costs, choice, had)}, {other}or {instead}"
 
 
