@@ -96,10 +96,12 @@ def test_deterministic_kernels_are_asked_for_before_anything_runs(monkeypatch: p
     try:
         be_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 def test_only_the_newest_are_kept_and_later_attempts_are_left_alone(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ shapes that do not fit, and a device that was forgotten. Kernels do not run: `ma
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn.attention import varlen
 from transformers import LlamaForCausalLM
 
 from tuneward_api.resolved import ResolvedMethod
-from tuneward_trainer import patches
+from tuneward_trainer import attention, patches
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.distributed import Gang
 from tuneward_trainer.engine import Engine
@@ -90,6 +92,43 @@ def batch_on(device: str) -> Batch:
         weights=torch.ones(10, device=device),
         sources=(0, 1),
     )
+
+
+def kernel(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, cu_k: torch.Tensor, max_q: int, max_k: int,
+    *, scale: float, window_size: tuple[int, int], enable_gqa: bool = False,
+) -> torch.Tensor:  # fmt: skip
+    """What torch's documentation says of varlen_attn: [T, heads, d] -> [T, heads, d]; `window_size` to the left and right."""
+    assert cu is cu_k
+    assert max_q == max_k >= int(cu.diff().max())
+    assert v.shape[-1] == q.shape[-1]
+    parts = []
+    for start, stop in pairwise(cu.tolist()):
+        one = [tensor[start:stop].transpose(0, 1) for tensor in (q, k, v)]
+        gap = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
+        left, right = (size if size >= 0 else stop for size in window_size)
+        seen = (gap <= left) & (gap >= -right)
+        out = nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        parts.append(out.transpose(0, 1))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("known", [{"scale", "window_size"}, {"scale", "window_size", "enable_gqa"}], ids=["2.11", "2.12"])
+@pytest.mark.parametrize("window", [None, 5, 40])
+def test_the_kernel_of_gpus_is_asked_for_what_a_cpu_computes(
+    known: set[str], window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped queries, and values narrower than keys, by the keywords of the first torch that has them and of later ones."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 32, 16), torch.randn(1, 2, 32, 12)
+    named = {"cu_seq_lens_q": torch.tensor([0, 20, 32], dtype=torch.int32), "max_length_q": 48, "scaling": 0.3}
+    attend = partial(attention.packed_attention, nn.Module(), q, k, v, None, sliding_window=window, **named)
+    expected, _ = attend()
+    monkeypatch.setattr(attention, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(attention, "_KERNEL", kernel)
+    monkeypatch.setattr(attention, "_KEYWORDS", known)
+    found, _ = attend()
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: type(loss).__name__)

@@ -261,6 +261,8 @@ def be_deterministic() -> None:
     Attention's backward adds up without atomics then, and cuBLAS splits its sums in one fixed workspace. Before the first
     product on a GPU: cuBLAS reads its setting once.
     """
+    # torch prefers its attention from Hopper on, whose backward knows no such order (pytorch#182551); Flash's does.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
     # It would write over every fresh tensor, which helps only code that reads what it never wrote.
