@@ -238,7 +238,7 @@ def _config_map_files(place: Place, loaded: Loaded, job: FineTuneJob) -> dict[Pa
 
 
 def _claims(place: Place, request: Request) -> dict[str, Path]:
-    """The folders of all claims but the store's. Raises CommandError for one that has none."""
+    """The folders of all claims but the store's. Raises CommandError for one that has none, or none that exists."""
     needed = {uri.authority for uri in map(parse_uri, request.uris()) if uri.scheme == "pvc"} - {request.store_claim}
     for claim in sorted(needed - place.claims.keys()):
         raise CommandError(
@@ -246,7 +246,15 @@ def _claims(place: Place, request: Request) -> dict[str, Path]:
             paste=f"tuneward {place.command} FILE --claim {claim}=DIR",
             code=ExitCode.INPUT_MISSING,
         )
-    return {claim: place.claims[claim].absolute() for claim in sorted(needed)}
+    found = {claim: place.claims[claim].absolute() for claim in sorted(needed)}
+    for claim, folder in found.items():
+        if not folder.is_dir():
+            raise CommandError(
+                f"InputMissing: {folder}, which stands for the claim {claim}, is no folder",
+                paste=f"ls {folder.parent}",
+                code=ExitCode.INPUT_MISSING,
+            )
+    return found
 
 
 def _link(place: Place, claims: Mapping[str, Path]) -> None:

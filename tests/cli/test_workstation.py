@@ -15,7 +15,7 @@ from tuneward_api.conditions import FailureClass
 from tuneward_api.failures import DEFAULT_RETRIES, classify
 from tuneward_api.files import Plan, PrepareReport, canonical_json
 from tuneward_api.finetunejob import RunPolicy
-from tuneward_cli import train, workstation
+from tuneward_cli import estimating, train, workstation
 from tuneward_cli.documents import Loaded, load, load_valid, the_job
 from tuneward_cli.errors import CommandError
 from tuneward_cli.tries import HelperError, Tries, budget
@@ -51,6 +51,7 @@ def written(folder: Path, text: str = JOB) -> Loaded:
 
 def laid_out(folder: Path, loaded: Loaded, *, restart: bool = False) -> workstation.Place:
     job = the_job(loaded)
+    (folder / "chats").mkdir(exist_ok=True)
     place = workstation.place_of(job, folder / "store", {"chats": folder / "chats"})
     workstation.lay_out(place, loaded, job, restart=restart)
     return place
@@ -102,6 +103,14 @@ def test_a_claim_without_a_folder_is_named(tmp_path: Path) -> None:
     assert caught.value.code == 66
 
 
+def test_a_claims_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    loaded = written(tmp_path)
+    job = the_job(loaded)
+    with pytest.raises(CommandError, match="/nix, which stands for the claim chats, is no folder") as caught:
+        workstation.lay_out(workstation.place_of(job, tmp_path, {"chats": tmp_path / "nix"}), loaded, job, restart=False)
+    assert (caught.value.code, caught.value.paste) == (66, f"ls {tmp_path}")
+
+
 def test_a_restart_that_lacks_a_claim_removes_nothing(tmp_path: Path) -> None:
     loaded = written(tmp_path)
     place = laid_out(tmp_path, loaded)
@@ -149,6 +158,21 @@ def test_a_model_that_is_not_in_the_store_is_named_with_those_that_are(tmp_path:
     with pytest.raises(CommandError, match=r"names the model nix, and .*store holds: small-abababab") as caught:
         laid_out(tmp_path, written(tmp_path, other))
     assert caught.value.code == 66
+
+
+def test_an_estimate_for_a_family_that_is_not_known_says_so(tmp_path: Path) -> None:
+    report = PrepareReport.model_validate(prepare_report())
+    assert report.prepared is not None
+    plan = Plan(request=workstation.request_of(the_job(written(tmp_path))), prepared=report.prepared)
+    memory = dict.fromkeys(("weights", "state", "activations", "buffers", "live", "resident", "available"), 1 << 30)
+    found = {
+        "device": "cpu", "family": {"name": "newcomer", "known": False}, "rows": 1, "recompute": False, "sharded": False,
+        "memory": memory, "fits": True, "remedy": None,
+        "flops": 1e12, "flopsPerSecond": 1e11, "rateSource": "measured", "seconds": 10.0,
+    }  # fmt: skip
+    said = list(estimating.lines(plan, found))
+    assert "          (the layers of newcomer are taken for a Llama's: memory may be off)" in said
+    assert said != list(estimating.lines(plan, {**found, "family": {"name": "llama", "known": True}}))
 
 
 def test_other_kinds_are_named_and_skipped(tmp_path: Path) -> None:

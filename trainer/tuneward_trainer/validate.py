@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> int:
     if as_json:
         _write_json(findings.to_json())
     else:
-        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
         sys.stdout.writelines(f"{line}\n" for line in findings.lines(colour=colour))
     return ExitCode.OK if findings.valid else ExitCode.DATA_BAD
 
