@@ -120,6 +120,23 @@ def test_a_killed_rank_ends_its_worker_at_once_and_is_named(tmp_path: Path) -> N
     assert [(state.name, "tuneward[wandb]" in state.message) for state in result.trackers] == [("wandb", True)]
 
 
+@pytest.mark.slow
+def test_a_killed_launcher_takes_its_ranks_along_and_costs_no_checkpoint(tmp_path: Path) -> None:
+    asked = {"workers": {"replicas": 2, "gpusPerWorker": 0}, "checkpoint": {"everySteps": 3}}
+    job = make_job(tmp_path, spec=asked, hyper={"steps": 100})
+    whole = train(job.again("whole"))
+    status = tmp_path / "status"
+    worker = Worker(job, TUNEWARD_STATUS_DIR=str(status))
+    saved = (job.run / "checkpoints").glob
+    await_(lambda: any(saved("*/MANIFEST.json")) or worker.process.poll() is not None, worker.said)
+    ranks = [json.loads((status / f"rank-{rank}.json").read_text())["pid"] for rank in (0, 1)]
+    worker.process.kill()
+    assert worker.wait() == -signal.SIGKILL, worker.said()
+    await_(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), worker.said)
+    assert train(job, 3).adapter() == whole.adapter()
+    assert job.results()[0].from_step > 0
+
+
 def test_a_taken_port_asks_for_another_try(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     with socket.socket() as taken:

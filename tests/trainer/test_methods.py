@@ -60,6 +60,19 @@ def test_the_lora_patch_steps_aside_and_the_others_are_right(dora: Job) -> None:
     assert all(bool(value.any()) for value in lengths)
 
 
+def test_rank_stabilised_lora_is_divided_by_the_root_of_its_rank(dora: Job, tmp_path: Path) -> None:
+    """Kalajdzievski 2023, arXiv 2312.03732; by the patch too, and whoever loads the adapter is told."""
+    plan = dora.plan.prepared.method.model_copy(update={"type": "LoRA", "rs_lora": True})
+    assert (plan.rank, plan.alpha) == (4, 8.0)
+    job = Job(dora.store, dora.plan.model_copy(update={"prepared": dora.plan.prepared.model_copy(update={"method": plan})}))
+    model = adapted(job)
+    fitting = [module for module in model.modules() if patches.fits_lora_linear(module)]
+    assert [module.scaling["default"] for module in fitting] == [8.0 / 4**0.5] * 14
+    assert verify.disagreement(model, patches.ALL, verify.gradients(model, None)) is None
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["use_rslora"] is True
+
+
 def test_a_bf16_base_keeps_fp32_adapters(dora: Job) -> None:
     model = adapted(dora, torch.bfloat16)
     batch = collate(enumerate(verify._documents()))
