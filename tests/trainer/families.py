@@ -75,6 +75,7 @@ ONE_DOCUMENT: Final[dict[str, PreTrainedConfig]] = {
     "lfm2": transformers.Lfm2Config(layer_types=["conv", "full_attention"] * 16),
     "granitemoehybrid": transformers.GraniteMoeHybridConfig(),
     "falcon_mamba": transformers.FalconMambaConfig(),
+    "falcon_h1": transformers.FalconH1Config(),
 }
 """Right with every patch but packing."""
 

@@ -90,6 +90,7 @@ _SHRUNK: Final[dict[str, Any]] = {
     "mamba_d_head": 16,
     "mamba_n_groups": 1,
     "mamba_d_state": 16,
+    "mamba_d_ssm": 128,
     # GPT-J's, of a head of 16.
     "rotary_dim": 8,
     # GPT-2's names.
