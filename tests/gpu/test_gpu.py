@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.trainer.jobs import DEADLINE, TARGETS, Job, make_job, make_model, tiny_config
+from tests.trainer.jobs import DEADLINE, TARGETS, Job, make_job, make_model, step_lines, tiny_config
+from tests.trainer.test_full import FULL
+from tests.trainer.test_full import PACKED as OF_WHOLE
 from torch import Tensor
 
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
@@ -160,14 +163,25 @@ def worker(job: Job) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_a_job_learns_and_says_its_memory(tmp_path: Path) -> None:
-    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE))
+@pytest.mark.parametrize("kind", ["LoRA", "QLoRA", "DoRA", "Full"])
+def test_a_job_learns_and_says_its_memory(tmp_path: Path, kind: str) -> None:
+    how: dict[str, Any] = {"method": FULL, "packing": OF_WHOLE} if kind == "Full" else {"method": {"type": kind}}
+    job = make_job(tmp_path, spec={"workers": {"gpusPerWorker": 1}}, config=tiny_config(**SHAPE), **how)
     worker(job)
     (result,) = job.results()
-    assert result.metrics.validation_loss_after is not None
-    assert result.metrics.validation_loss_before is not None
-    assert result.metrics.validation_loss_after < result.metrics.validation_loss_before
-    assert "memory_bytes" in (job.run / "attempts/1/metrics.jsonl").read_text()
+    assert result.outcome == "Succeeded"
+    lines = [json.loads(line) for line in step_lines(job)]
+    assert lines[-1]["train_loss"] < lines[0]["train_loss"]
+    assert all(line["memory_bytes"] > 0 for line in lines)
+
+
+def test_deterministic_kernels_give_the_same_bytes_again(tmp_path: Path) -> None:
+    spec = {"workers": {"gpusPerWorker": 1}, "hyperparameters": {"deterministic": True}}
+    job = make_job(tmp_path, spec=spec, config=tiny_config(**SHAPE))
+    again = job.again("again")
+    worker(job)
+    worker(again)
+    assert again.adapter() == job.adapter()
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="NCCL between ranks needs two GPUs")
