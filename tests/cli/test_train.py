@@ -38,11 +38,16 @@ def learn_by_heart(model: Path) -> None:
 @pytest.mark.slow
 def test_an_exploding_loss_is_tried_again_and_then_told_with_a_rate(station: Station) -> None:
     learn_by_heart(station.model)
-    station.write(hyperparameters={"learningRate": 1.0, "steps": 12, "batchTokens": 256}, checkpoint={"everySteps": 1})
+    # An adapter's learning rate of 1 is not enough: after four steps the loss is below a blind guess again.
+    station.write(
+        method={"type": "Full"},
+        hyperparameters={"learningRate": 1.0, "steps": 12, "batchTokens": 256},
+        checkpoint={"everySteps": 1},
+    )
     done = station.train("--workers", "2")
     assert done.returncode == 1, done.stdout + done.stderr
     told = r"the loss exploded: [\d.e+, ]+ at steps (\d+) to (\d+), after at most [\d.]+ before; "
-    change = r"lower spec\.hyperparameters\.learningRate from 1 to 0\.0004; samples of step \d+: "
+    change = r"lower spec\.hyperparameters\.learningRate from 1 to 2e-05; samples of step \d+: "
     where = r"configmap://chats/train\.jsonl:\d+, \d+"
     assert re.search(f"small: Recovering .*{told}{change}{where}.* \\(try 1 of 1\\)", done.stdout), done.stdout
     failed = re.search(f"✗ small: Failed \\(failed\\): NumericalDivergence: {told}{change}{where}", done.stderr)
