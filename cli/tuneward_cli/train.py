@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from tuneward_cli.words import (
     phase_line,
     progress_line,
     score_line,
+    tracker_line,
 )
 from tuneward_cli.workstation import Place
 
@@ -97,14 +98,18 @@ def _attempts(place: Place, plan: Plan, job: FineTuneJob, tries: Tries, extra: M
 
 def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[str, str], patience: int) -> Failure | None:
     """One gang, from start to end; None when it succeeded."""
-    gang = Gang.start(plan=place.plan, run=place.run, extra={**workstation.mounts(place, plan), **extra})
+    gang, said = Gang.start(plan=place.plan, run=place.run, extra={**workstation.mounts(place, plan), **extra}), set[str]()
+
+    def show(seen: Seen | None) -> None:
+        tell_news(seen.trackers if seen is not None else (), said, voice)
+        _show(bar, name, seen)
+
     try:
         with voice.bar(name) as bar:
-            code, result = gang.watch(lambda seen: _show(bar, name, seen), hang_seconds=patience)
+            code, result = gang.watch(show, hang_seconds=patience)
             if result is not None and result.step > bar.seen.step:
                 _show(bar, name, ended(bar.seen, result))
-        for tracker in result.trackers if result is not None else ():
-            voice.line(f"  {tracker.name}: {tracker.message or tracker.url}")
+        tell_news((tracker_line(tracker.to_json()) for tracker in (result.trackers if result else ())), said, voice)
     except HangError as error:
         return hang(step=error.step, seconds=patience)
     except KeyboardInterrupt:
@@ -113,6 +118,14 @@ def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[s
     finally:
         gang.close()
     return failure_of(code, result) if code else None
+
+
+def tell_news(lines: Iterable[str], said: set[str], voice: Voice) -> None:
+    """What was not said before: a tracker's address is of use while it trains, and its failure must not wait for the end."""
+    for line in lines:
+        if line not in said:
+            said.add(line)
+            voice.line(f"  {line}")
 
 
 def _show(bar: Bar, name: str, seen: Seen | None) -> None:

@@ -44,6 +44,8 @@ class Seen:
     mfu: float | None = None
     reward_accuracy: float | None = None
     """Of a preference job: share of the last step's pairs that it gets right."""
+    trackers: tuple[str, ...] = ()
+    """A line for each tracker that has said something."""
 
     @classmethod
     def of(cls, progress: Mapping[str, Any] | None) -> Seen:
@@ -58,6 +60,9 @@ class Seen:
             eta_seconds=found.get("etaSeconds"),
             memory_bytes=found.get("memoryBytes"),
             mfu=found.get("mfu"),
+            trackers=tuple(
+                tracker_line(state) for state in found.get("trackers") or () if state.get("message") or state.get("url")
+            ),
         )
 
 
@@ -77,6 +82,11 @@ def progress_line(seen: Seen) -> str:
     if seen.eta_seconds is not None and seen.step < seen.steps:
         parts.append(f"{duration(seen.eta_seconds)} to go")
     return ", ".join(parts)
+
+
+def tracker_line(state: Mapping[str, Any]) -> str:
+    """`wandb: https://…`, or why it has not got all figures."""
+    return f"{state['name']}: {state.get('message') or state.get('url') or 'no run yet'}"
 
 
 def size(count: float) -> str:

@@ -9,6 +9,8 @@ import pytest
 from tuneward_api import quantities
 from tuneward_api.conditions import Phase
 from tuneward_cli import words
+from tuneward_cli.train import tell_news
+from tuneward_cli.voice import Voice
 from tuneward_cli.words import Seen
 
 
@@ -84,6 +86,18 @@ def test_every_phase_has_its_words() -> None:
 )
 def test_perplexity(before: float, after: float, line: str) -> None:
     assert words.perplexity_line(before, after) == line
+
+
+def test_trackers_are_told_once_and_again_when_they_say_something_else(capsys: pytest.CaptureFixture[str]) -> None:
+    said: set[str] = set()
+    for state in (
+        {"name": "wandb", "url": ""},
+        {"name": "wandb", "url": "https://x"},
+        {"name": "wandb", "url": "https://x", "message": "no key"},
+    ):
+        for _ in range(2):
+            tell_news(Seen.of({"step": 1, "trackers": [state]}).trackers, said, Voice())
+    assert capsys.readouterr().out.splitlines() == ["  wandb: https://x", "  wandb: no key"]
 
 
 def test_a_state_that_patience_chose_is_named() -> None:
