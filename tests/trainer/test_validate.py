@@ -25,6 +25,12 @@ from tuneward_trainer.findings import aligned, bars, ranges
 Run = Callable[..., tuple[int, dict[str, Any]]]
 
 
+@pytest.fixture(autouse=True)
+def quick_look_at_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate that a time is estimated by need not be a good one here."""
+    monkeypatch.setattr("tuneward_trainer.estimate._SECONDS", 0.01)
+
+
 @pytest.fixture
 def validate(smollm2: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """Exit code and report of files with SmolLM2's template."""
