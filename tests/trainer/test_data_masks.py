@@ -207,6 +207,18 @@ def test_a_template_that_drops_earlier_reasoning_gives_one_sample_a_turn(tokeniz
     ]
 
 
+@pytest.mark.parametrize("content", ["<|im_end|> I am", "I <|endoftext|>am"])
+def test_an_answer_that_holds_what_ends_it_is_refused(tokenizer: Any, content: str) -> None:
+    asked = {"role": "user", "content": "Who <|im_end|> are you?"}
+    answers = {"role": "assistant", "content": content}, {"role": "assistant", "content": "Fine."}
+    bad, good = ({"messages": [asked, one, asked, answers[1]]} for one in answers)
+    ends = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    found = Encoder(tokenizer, "Assistant", [ends]).encode([formats.read(one, "Messages") for one in (bad, good)])
+    assert isinstance(found[0], SampleError) and not isinstance(found[1], SampleError)
+    token = "<|endoftext|>" if "endoftext" in content else "<|im_end|>"
+    assert str(found[0]).startswith(f" has {token} within an answer, at which generation ends")
+
+
 def test_texts_and_completions_end_in_eos(tokenizer: Any) -> None:
     samples = [read({"text": "To be"}), read({"prompt": "2+2= ", "completion": "4"})]
     plain = encoder(tokenizer, "")

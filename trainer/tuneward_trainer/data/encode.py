@@ -80,6 +80,8 @@ class Encoder:
         self._eos: int | None = tokenizer.eos_token_id
         self._special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stops = set(stops) | ({self._eos} - {None})
+        self._is_stop = np.zeros(max(self._stops, default=0) + 2, np.bool_)  # the last entry stands for all ids behind it
+        self._is_stop[list(self._stops)] = True
         first = tokenizer("").input_ids[:1]
         self._lead: list[int] = [first[0]] if first and first[0] == tokenizer.bos_token_id else []
         # The call above has told it to cut nothing and to pad nothing.
@@ -177,7 +179,18 @@ class Encoder:
                 ids, learnt, ended = np.append(ids, np.int32(self._eos)), np.append(learnt, [True]), ended[:-1]
             if text.turns and not all(ended):
                 raise _NeedsApartError
+        if text.turns:
+            self._check_stops(ids, learnt, [*(last - 1 for _, last in bounds), len(ids) - 1])
         return document(ids, learnt)
+
+    def _check_stops(self, ids: NDArray[np.int32], learnt: NDArray[np.bool_], lasts: Sequence[int]) -> None:
+        """`lasts`: the last tokens of the learnt turns. Raises SampleError where generation would end before."""
+        within = learnt.copy()
+        within[lasts] = False
+        within &= self._is_stop.take(ids, mode="clip")
+        if within.any():
+            token = self._backend.id_to_token(int(ids[within.argmax()]))
+            raise SampleError("", f"has {token} within an answer, at which generation ends", "answers without that text")
 
     def _told(self, text: Rendered, tokens: _Tokens) -> _Marked:
         """By offsets."""
