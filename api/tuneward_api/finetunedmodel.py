@@ -48,7 +48,8 @@ class Adapter(Model):
     """Shape of the adapter."""
 
     type: Literal["LoRA", "DoRA"] | None = Field(
-        None, description="Kind of adapter. Default: LoRA. The embedded engine loads both, vLLM no DoRA."
+        None,
+        description="Kind of adapter. Default: LoRA. The embedded engine loads both, vLLM no DoRA (see `tuneward merge`).",
     )
     rank: Int = Field(ge=1, le=4096, description="Rank.")
     alpha: float = Field(gt=0, description="Scale.")

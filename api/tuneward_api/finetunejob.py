@@ -76,8 +76,8 @@ class Method(Model):
         None,
         description="LoRA (default) learns a low-rank update of each layer; QLoRA the same on frozen weights of 4 bits "
         "(NF4), which need a quarter of the memory and more time; DoRA learns the length of each output's weights "
-        "too, and takes longer (vLLM cannot serve it, the embedded engine can). Full trains all weights of the text part "
-        "but routers, split over all ranks, and makes a base model of its own.",
+        "too, and takes longer (the embedded engine serves it, vLLM only what `tuneward merge` makes of it). Full trains "
+        "all weights of the text part but routers, split over all ranks, and makes a base model of its own.",
     )
     rank: Int | None = Field(None, ge=1, le=512, description="Rank of the update. Default: 16.")
     alpha: float | None = Field(

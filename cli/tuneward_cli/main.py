@@ -82,6 +82,10 @@ def _work_commands(commands: Commands) -> None:
     train.add_argument(
         "--workers", type=_positive, metavar="N", help="processes; any number gives the same result, up to rounding"
     )
+    merge = _command(commands, "merge", _merge, "add an adapter to its base model's weights: a model of its own", "output")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="a folder of the store's adapters/")
+    merge.add_argument("folder", type=Path, metavar="DIR", help="where the model goes; must not be there")
+    merge.add_argument("--model", type=Path, required=True, metavar="DIR", help="the base model's folder")
     _add_estimate(commands)
     _add_init(commands)
     _add_validate(commands)
@@ -280,6 +284,12 @@ def _init(options: Arguments) -> int:
 
     asked = starting.Options(options.model, tuple(options.data), options.out, options.store, options.name)
     return starting.start(asked, Voice(options.output))
+
+
+def _merge(options: Arguments) -> int:
+    from tuneward_cli import merging
+
+    return merging.merge(options.adapter, options.model, options.folder, Voice(options.output))
 
 
 def _estimate(options: Arguments) -> int:

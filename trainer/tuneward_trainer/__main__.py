@@ -38,6 +38,10 @@ def parser() -> argparse.ArgumentParser:
     estimate.add_argument("--gpu-memory", type=float, metavar="GIB", help="ask about a GPU with so much memory")
     _add_validate(commands.add_parser("validate", help="count samples and tokens, show every error"))
     _add_import(commands.add_parser("import-gguf", help="make a Hugging Face folder of a GGUF file"))
+    merge = commands.add_parser("merge", help="add an adapter to its base model's weights")
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="a folder of the store's adapters/")
+    merge.add_argument("folder", type=Path, metavar="DIR", help="where the model goes")
+    merge.add_argument("--model", type=Path, required=True, metavar="DIR", help="the base model's folder")
     return top
 
 
@@ -106,6 +110,12 @@ def _import_gguf(arguments: argparse.Namespace) -> int:
     return gguf.main(arguments.file, arguments.folder)
 
 
+def _merge(arguments: argparse.Namespace) -> int:
+    from tuneward_trainer import merged
+
+    return merged.main(arguments.adapter, arguments.model, arguments.folder)
+
+
 COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "prepare": _prepare,
     "fetch": _fetch,
@@ -114,6 +124,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "estimate": _estimate,
     "validate": _validate,
     "import-gguf": _import_gguf,
+    "merge": _merge,
 }
 
 

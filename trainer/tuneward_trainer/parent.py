@@ -79,7 +79,7 @@ def _is_whole(folder: Path, parent: Parent) -> bool:
 
 def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMethod:
     """The adapter's own; dropout alone is free. Raises EndError where the job asks for another."""
-    own = _shape(folder)
+    own = shape(folder)
     # Which weights lie under a LoRA is no matter of its shape.
     own["type"] = "QLoRA" if (asked.type, own["type"]) == ("QLoRA", "LoRA") else own["type"]
     wanted = asked.to_json()
@@ -95,7 +95,7 @@ def method(asked: Method, folder: Path, facts: Facts, name: str) -> ResolvedMeth
     return ResolvedMethod.model_validate(own | {"dropout": asked.dropout or 0.0, "trainableParameters": count})
 
 
-def _shape(folder: Path) -> dict[str, Any]:
+def shape(folder: Path) -> dict[str, Any]:
     """Of the adapter, by the fields of spec.method."""
     config: dict[str, Any] = json.loads((folder / "adapter/adapter_config.json").read_text())
     return {
@@ -111,7 +111,7 @@ def put_on(model: PreTrainedModel, parent: Parent, run: Path) -> None:
     """Puts the parent's adapter on a model of which all else is trained; `merge` adds it to the weights. Raises
     InputMissingError."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    method = ResolvedMethod.model_validate(_shape(run / FOLDER) | {"dropout": 0.0, "trainableParameters": 0})
+    method = ResolvedMethod.model_validate(shape(run / FOLDER) | {"dropout": 0.0, "trainableParameters": 0})
     load(add_adapters(model, method, seed=0, base_uri=parent.base_uri), parent, run)
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -135,8 +135,13 @@ def load(model: PeftModel, parent: Parent, run: Path) -> None:
         manifest.verify(folder, digest=parent.artifact_digest)
     except manifest.ManifestError as error:
         raise endings.InputMissingError(f"the adapter to go on from is not what prepare left: {error}") from error
+    set_state(model, folder, f"the adapter of {parent.name}")
+
+
+def set_state(model: PeftModel, folder: Path, what: str) -> None:
+    """Sets the model's adapter to that in `folder`, which errors call `what`. Raises ConfigBadError."""
     state = load_file(folder / "adapter/adapter_model.safetensors")
     found = set_peft_model_state_dict(model, state, adapter_name=ADAPTER)
     strange = [*found.unexpected_keys, *(key for key in found.missing_keys if ".lora_" in key)]
     if strange:
-        raise endings.ConfigBadError(f"the adapter of {parent.name} does not fit its base model at {strange[0]}")
+        raise endings.ConfigBadError(f"{what} does not fit its base model at {strange[0]}")

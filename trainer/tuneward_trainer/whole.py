@@ -47,17 +47,26 @@ def export(
 ) -> str:
     """Writes the model with the tensors `state`, its proof and the manifest into `folder`; `source` is the base model's.
     Returns the manifest's digest."""
-    target = folder / "model"
-    model.save_pretrained(target, state_dict=state, max_shard_size=LARGEST_FILE)
-    dtype = str(dtype_of(model)).removeprefix("torch.")
-    for file in source.iterdir():
-        if file.is_file() and not file.name.endswith(_REPLACED) and file.name not in _OURS:
-            shutil.copyfile(file, target / file.name)
-    (target / "config.json").write_text(json.dumps(_config(source, dtype), indent=2, sort_keys=True) + "\n")
+    dtype = write(model, state, folder / "model", source)
     both = [ProofText(ids=one.ids, base=one.base, tuned=two.tuned) for one, two in zip(before, after, strict=True)]
     made = Proof(texts=both, dtype=dtype, tolerance=proof_tolerance(dtype))
     (folder / "proof.json").write_text(canonical_json(made.to_json()) + "\n")
     return manifest.write_manifest(folder)
+
+
+def write(model: PreTrainedModel, state: dict[str, Tensor], folder: Path, source: Path) -> str:
+    """The model with the tensors `state`, and all else that the base model's folder `source` holds. Returns the name of its
+    dtype."""
+    model.save_pretrained(folder, state_dict=state, max_shard_size=LARGEST_FILE)
+    dtype = str(dtype_of(model)).removeprefix("torch.")
+    for file in source.iterdir():
+        if file.is_file() and not file.name.endswith(_REPLACED) and file.name not in _OURS:
+            shutil.copyfile(file, folder / file.name)
+    (folder / "config.json").write_text(json.dumps(_config(source, dtype), indent=2, sort_keys=True) + "\n")
+    for file in folder.glob("*.safetensors"):
+        # safetensors lets the owner alone read what it writes.
+        shutil.copymode(folder / "config.json", file)
+    return dtype
 
 
 def dtype_of(model: PreTrainedModel) -> torch.dtype:

@@ -1,0 +1,78 @@
+"""An adapter in its base model's weights: a model that transformers alone loads, and that says what the adapter said."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from tests.trainer.jobs import Job, make_job, train
+from transformers import LlamaForCausalLM
+
+from tuneward_api import manifest
+from tuneward_api.files import FinishReport, Proof
+from tuneward_api.names import ExitCode
+from tuneward_trainer import finish, merged
+from tuneward_trainer.proof import logprobs
+
+
+@pytest.fixture(scope="module", params=["LoRA", "DoRA"])
+def filed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An adapter as finish files it, and its base model."""
+    job: Job = train(make_job(tmp_path_factory.mktemp("store"), method={"type": request.param}))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in job.variables().items():
+            patch.setenv(name, value)
+        assert finish.main(job.plan_file) == 0
+    adapter = FinishReport.model_validate_json((job.run / "termination").read_bytes()).adapter
+    assert adapter is not None
+    return job.store / adapter.sub_path, job.store / "models/tiny"
+
+
+def test_the_model_says_what_the_adapter_said(
+    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter, base = filed
+    assert merged.main(adapter, base, tmp_path / "model") == 0
+    assert capsys.readouterr().out.startswith(
+        f"{tmp_path / 'model'} holds the model; the proof's log-probabilities differ by"
+    )
+    manifest.verify(tmp_path / "model")
+    assert {file.stat().st_mode for file in (tmp_path / "model").iterdir()} == {(base / "config.json").stat().st_mode}
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model")
+    theirs = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), str(adapter / "adapter")).merge_and_unload()
+    expected = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-6)
+    for text in Proof.model_validate_json((adapter / "proof.json").read_bytes()).texts:
+        assert logprobs(model, text.ids) == pytest.approx(text.tuned, abs=1e-4)
+
+
+@pytest.mark.parametrize("what", ["another base", "no base", "no adapter", "changed", "there"])
+def test_what_is_refused_leaves_nothing(
+    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    adapter, base, folder = *filed, tmp_path / "model"
+    expected = "gives log-probabilities that are"
+    if what == "another base":
+        base = shutil.copytree(base, tmp_path / "base")
+        other = LlamaForCausalLM.from_pretrained(base)
+        with torch.no_grad():
+            other.lm_head.weight.mul_(-1)
+        other.save_pretrained(base)
+    elif what == "no base":
+        base, expected = tmp_path, "is no model folder: it must hold config.json"
+    elif what == "no adapter":
+        adapter, expected = tmp_path, "is no adapter as tuneward files it, with adapter/, proof.json and MANIFEST.json"
+    elif what == "changed":
+        adapter, expected = shutil.copytree(adapter, tmp_path / "adapter"), "is no adapter as tuneward files it"
+        (adapter / "proof.json").write_text("{}")
+    else:
+        folder, expected = tmp_path, "is there already; name another folder, or remove it"
+    capsys.readouterr()
+    assert merged.main(adapter, base, folder) == ExitCode.INPUT_MISSING
+    error = capsys.readouterr().err
+    assert expected in error.splitlines()[-1]
+    assert not (tmp_path / "model").exists() and not list(tmp_path.glob("*.partial"))
