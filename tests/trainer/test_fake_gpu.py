@@ -15,11 +15,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from tests.trainer.families import PACKED
 from tests.trainer.jobs import TARGETS, tiny_config
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn.attention import varlen
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_trainer import attention, patches
@@ -30,6 +31,7 @@ from tuneward_trainer.losses import CrossEntropy, Loss, Preference
 from tuneward_trainer.model import add_adapters
 from tuneward_trainer.session import Stop
 from tuneward_trainer.verdict import FLAGS, flags_of
+from tuneward_trainer.verify import shrink
 
 METHOD = ResolvedMethod(
     type="LoRA", rank=4, alpha=8.0, dropout=0.0, rs_lora=False, target_modules=TARGETS, trainable_parameters=0
@@ -140,6 +142,21 @@ def test_a_forward_pass_on_a_gpu_waits_for_nothing(model: PeftModel, a100: None,
             figures = loss(logprobs, batch)
     assert (logprobs.shape, logprobs.dtype, logprobs.device.type) == ((10,), torch.float32, "cuda")
     assert (figures.shape, figures.dtype, figures.device.type) == ((len(loss.figures),), torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_attention_that_no_kernel_does_asks_no_gpu_for_lengths(name: str, a100: None) -> None:
+    """Soft-caps and sinks are computed document by document."""
+    config = shrink(PACKED[name])
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
+    base.requires_grad_(False).eval()
+    method = METHOD.model_copy(update={"target_modules": ["q_proj", "o_proj"]})
+    model = add_adapters(base, method, seed=1, base_uri="tiny")
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        batch = batch_on("cuda")
+        with patches.applied(emptied(model, "cuda"), [patches.PACKED_ATTENTION]) as forward, torch.no_grad():
+            logprobs = forward(batch)
+    assert (logprobs.shape, logprobs.device.type) == ((10,), "cuda")
 
 
 def test_an_optimizer_step_on_a_gpu_waits_for_nothing_and_is_fused(model: PeftModel) -> None:

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
+from itertools import pairwise
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 _KERNEL: Final[Callable[..., Any]] = varlen_attn
 _KEYWORDS: Final = frozenset(inspect.signature(varlen_attn).parameters)
 """They differ between torch 2.11 and 2.15."""
+_LENGTHS: Final[MutableMapping[Tensor, list[int]]] = WeakTensorKeyDictionary()
+"""Of a row's documents, by the tensor of their bounds."""
 _HARMLESS: Final = frozenset(
     {
         # Already in the rotated queries and keys.
@@ -36,6 +40,12 @@ _HARMLESS: Final = frozenset(
         "return_dict",
     }
 )
+
+
+def tell_lengths(cu: Tensor, bounds: Sequence[int]) -> None:
+    """What the host knows of `cu`: where a layer takes documents one by one, it need not wait for a GPU to ask it."""
+    if len(cu) == len(bounds):  # padding has documents of its own
+        _LENGTHS[cu] = [stop - start for start, stop in pairwise(bounds)]
 
 
 def packed_attention(
@@ -73,7 +83,7 @@ def packed_attention(
         return _as_one_graph(query, key, value, cu_seq_lens_q, scale, sliding_window), None
     attend = functools.partial(_document, scale=scale, window=sliding_window, softcap=softcap, sinks=s_aux)
     # split and cat, not slices: the backward pass of a slice fills a whole tensor with zeros, for each document.
-    lengths = cu_seq_lens_q.diff().tolist()
+    lengths = _LENGTHS.get(cu_seq_lens_q) or cu_seq_lens_q.diff().tolist()
     parts = zip(torch.split(query, lengths, 2), torch.split(key, lengths, 2), torch.split(value, lengths, 2), strict=True)
     # torch's kernel writes [1, L, heads, dv] and shows it transposed: back again, the result of one document is no copy.
     found = [attend(q, k, v).transpose(1, 2) for q, k, v in parts]

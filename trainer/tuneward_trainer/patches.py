@@ -29,7 +29,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tuneward_trainer import compiled, fp8, nf4, norms
-from tuneward_trainer.attention import packed_attention
+from tuneward_trainer.attention import packed_attention, tell_lengths
 from tuneward_trainer.batch import Batch
 from tuneward_trainer.model import instance_forward, plain
 
@@ -115,6 +115,7 @@ def _forward_compiled(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor
 
 
 def _forward_packed(base: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
+    tell_lengths(batch.cu, batch.bounds)
     scored = base(
         input_ids=batch.ids[None],
         position_ids=batch.positions[None],
