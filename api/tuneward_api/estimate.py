@@ -32,9 +32,12 @@ CUDA_FACTOR: Final = 1.08
 NF4: Final = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a weight that is packed: 4 bits, and for each 64 of them a scale of 8 bits, of which 256 have a float32 one."""
 LOGITS: Final[dict[Device, int]] = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Logits that the loss head holds at once."""
+"""Logits that the loss head holds at once: on a CPU so few that they stay in its cache, on a GPU so many that its cores are
+busy."""
 TRAINED_LOGITS: Final = 1 << 25
-"""The same where the head is trained."""
+"""The same of a head that is trained, whose whole gradient each chunk is added to: fewer and larger ones."""
+LEAST_ROWS: Final = 64
+"""A product of fewer rows takes twice the time, whatever stays in a cache then: of 262,144 words 16 would be left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +129,7 @@ def _whole(shape: Shape, data: Data, setup: Setup) -> Memory:
     gathered = setup.size * (2 * layer + around) + (setup.size + 4) * (layer + around)
     # What is being saved is copied to the host's memory.
     copies = 3 if setup.device == "cpu" else 0
-    scored = min(max(1, TRAINED_LOGITS // shape.vocabulary), math.ceil(data.learnt * setup.tokens))
+    scored = min(rows_scored(TRAINED_LOGITS, shape.vocabulary), math.ceil(data.learnt * setup.tokens))
     # fp32 scores and their shares, in bf16 too on a GPU; the head's own gradient.
     logit = 8 if setup.device == "cpu" else 12
     return Memory(
@@ -139,11 +142,15 @@ def _whole(shape: Shape, data: Data, setup: Setup) -> Memory:
     )
 
 
+def rows_scored(logits: int, vocabulary: int) -> int:
+    """Rows that the loss head scores at once."""
+    return max(LEAST_ROWS, logits // vocabulary)
+
+
 def _adapted(shape: Shape, data: Data, setup: Setup) -> Memory:
     trained = setup.trained or shape.lora(setup.rank, setup.targets, dora=setup.dora)
     partial_sums = 1 + max(0, setup.micro_batches - 1).bit_length()
-    rows = max(1, LOGITS[setup.device] // shape.vocabulary)
-    scored = min(rows, math.ceil(data.learnt * setup.tokens))
+    scored = min(rows_scored(LOGITS[setup.device], shape.vocabulary), math.ceil(data.learnt * setup.tokens))
     # bf16 logits, the same in fp32, and their gradient in bf16.
     logit = 4 if setup.device == "cpu" else 8
     return Memory(

@@ -28,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from tuneward_api.estimate import LOGITS, TRAINED_LOGITS, rows_scored
 from tuneward_trainer import compiled, fp8, nf4, norms
 from tuneward_trainer.attention import packed_attention, tell_lengths
 from tuneward_trainer.batch import Batch
@@ -45,10 +46,6 @@ OF_WHOLE_MODELS: Final = (PACKED_ATTENTION, LOSS_HEAD)
 """Those that do not need adapters."""
 
 _REGISTERED: Final = "tuneward_packed"
-_CHUNK_ELEMENTS: Final = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Logits held at once. On a CPU so few that they stay in its cache, on a GPU so many that its cores are busy."""
-_TRAINED_CHUNK_ELEMENTS: Final = 1 << 25
-"""The same of a head that is trained, whose whole gradient each chunk is added to: fewer and larger ones."""
 
 Forward = Callable[[Batch], Tensor]
 """Batch -> float32 [R], the log-probability of each target."""
@@ -231,7 +228,7 @@ class _TrainedHead(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, cap: float | None) -> Tensor:
         """[R, H], [V, H], [V], int64 [R] -> float32 [R]."""
         logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        for part in _chunks(hidden, weight, _TRAINED_CHUNK_ELEMENTS):
+        for part in _chunks(hidden, weight, TRAINED_LOGITS):
             _score_chunk(hidden[part], weight, bias, targets[part, None], cap, logprobs[part], None)
         ctx.save_for_backward(hidden, weight, bias, targets)
         ctx.cap = cap
@@ -244,7 +241,7 @@ class _TrainedHead(torch.autograd.Function):
         # float32: a sum over chunks of what may be bf16.
         to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
         to_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
-        for part in _chunks(hidden, weight, _TRAINED_CHUNK_ELEMENTS):
+        for part in _chunks(hidden, weight, TRAINED_LOGITS):
             rows = gradients[0][part, None]
             scores, bend = _scores(hidden[part], weight, bias, ctx.cap)
             slopes = scores.softmax(-1).mul_(-rows)
@@ -260,9 +257,9 @@ class _TrainedHead(torch.autograd.Function):
         return to_hidden, to_weight.to(weight.dtype), None if to_bias is None else to_bias.to(bias.dtype), None, None
 
 
-def _chunks(hidden: Tensor, weight: Tensor, elements: int | None = None) -> Iterator[slice]:
+def _chunks(hidden: Tensor, weight: Tensor, logits: int | None = None) -> Iterator[slice]:
     """Rows that are scored at once."""
-    chunk = max(1, (elements or _CHUNK_ELEMENTS.get(hidden.device.type, 1 << 24)) // len(weight))
+    chunk = rows_scored(logits or LOGITS["cuda" if hidden.device.type == "cuda" else "cpu"], len(weight))
     return (slice(start, start + chunk) for start in range(0, len(hidden), chunk))
 
 
