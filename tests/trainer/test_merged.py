@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,21 @@ def test_what_is_refused_leaves_nothing(
     error = capsys.readouterr().err
     assert expected in error.splitlines()[-1]
     assert not (tmp_path / "model").exists() and not list(tmp_path.glob("*.partial"))
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing(
+    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No file may be larger than 4 KiB, which the weights are."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        code = merged.main(*filed, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert code == ExitCode.INPUT_MISSING
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"{tmp_path / 'model'} could not be written: ") and "File too large" in said
+    assert not list(tmp_path.iterdir())

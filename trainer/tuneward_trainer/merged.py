@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from tuneward_api import manifest
@@ -68,9 +69,13 @@ def merge(adapter: Path, base: Path, folder: Path) -> float:
     partial = folder.with_name(folder.name + _PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in _tensors(model).items()}
-    whole.write(model, state, partial, base)
-    manifest.write_manifest(partial)
-    partial.rename(folder)
+    try:
+        whole.write(model, state, partial, base)
+        manifest.write_manifest(partial)
+        partial.rename(folder)
+    except (OSError, SafetensorError) as failed:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise MergeError(f"{folder} could not be written: {failed}; make room there, or name another folder") from failed
     return error
 
 
