@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,6 +184,17 @@ def _measured(place: Place, plan: Plan, adapter: FinishedAdapter) -> Iterator[st
         yield f"{scores}; all of them: {place.run / f'attempts/{adapter.attempt}/generations.jsonl'}"
 
 
+def next_steps(place: Place, plan: Plan, adapter: FinishedAdapter) -> Iterator[str]:
+    """What the model is good for, in commands to paste."""
+    model = Finished(plan, adapter).name
+    yield f"  model {model}: another job goes on from it with spec.model.uri: model://{model}"
+    if adapter.type == "DoRA":
+        base = workstation.mounts(place, plan)[names.ENV_MODEL_DIR]
+        merge = shlex.join(["tuneward", "merge", str(place.store / adapter.sub_path), model, "--model", base])
+        yield f"  vLLM loads no DoRA; it serves the model that this makes: {merge}"
+    yield f"next: tuneward chat --store {place.store}"
+
+
 def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     """Where the adapter is, what was measured, what to do next."""
     adapter, name = report.adapter, plan.request.job.name
@@ -194,16 +206,15 @@ def _tell(place: Place, plan: Plan, report: FinishReport, voice: Voice) -> None:
     show_losses(place, voice)
     for line in _measured(place, plan, adapter):
         voice.line(f"  {line}")
-    model = Finished(plan, adapter).name
     kind = "model" if adapter.whole else "adapter"
     voice.line(f"  {kind}: {path}")
-    voice.line(f"  model {model}: another job goes on from it with spec.model.uri: model://{model}")
-    voice.line(f"next: tuneward chat --store {place.store}")
+    for line in next_steps(place, plan, adapter):
+        voice.line(line)
     voice.result(
         {
             "job": name,
             "phase": str(Phase.SUCCEEDED),
-            "model": model,
+            "model": Finished(plan, adapter).name,
             "folder" if adapter.whole else "adapter": str(path),
             "digest": adapter.digest,
             "servedName": adapter.served_name,

@@ -13,7 +13,7 @@ from tests.operator.world import DIGEST, finish_report, prepare_report
 
 from tuneward_api.conditions import FailureClass
 from tuneward_api.failures import DEFAULT_RETRIES, classify
-from tuneward_api.files import Plan, PrepareReport, canonical_json
+from tuneward_api.files import FinishReport, Plan, PrepareReport, canonical_json
 from tuneward_api.finetunejob import RunPolicy
 from tuneward_cli import estimating, train, workstation
 from tuneward_cli.documents import Loaded, load, load_valid, the_job
@@ -235,6 +235,22 @@ def test_the_last_line_is_that_of_the_result(loss: float | None, shown: float) -
     last = Seen(3, 100, loss=7.9, tokens_per_second=99.0, eta_seconds=4, memory_bytes=5)
     found = train.ended(last, result(metrics={"trainLoss": loss} if loss is not None else {}))
     assert found == Seen(100, 100, loss=shown, tokens_per_second=99.0, memory_bytes=5)
+
+
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_a_job_that_ended_says_what_to_do_next(tmp_path: Path, kind: str) -> None:
+    loaded = written(tmp_path)
+    name = finished_job(place := laid_out(tmp_path, loaded), loaded)
+    plan, report = Plan.model_validate_json(place.plan.read_bytes()), FinishReport.model_validate(finish_report())
+    assert report.adapter is not None
+    adapter = report.adapter.model_copy(update={"type": kind})
+    store = tmp_path / "store"
+    merge = f"tuneward merge {store / adapter.sub_path} {name} --model {store / plan.prepared.base.sub_path}"
+    assert list(train.next_steps(place, plan, adapter)) == [
+        f"  model {name}: another job goes on from it with spec.model.uri: model://{name}",
+        *([f"  vLLM loads no DoRA; it serves the model that this makes: {merge}"] if kind == "DoRA" else []),
+        f"next: tuneward chat --store {store}",
+    ]
 
 
 def hung() -> HelperError:

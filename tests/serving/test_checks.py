@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import struct
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -13,7 +17,8 @@ import pytest
 from tuneward_api.conditions import Reason
 from tuneward_api.files import Proof, ProofText, WantedAdapter, WantedAdapters
 from tuneward_serving.agent.adapter_check import Limits, Refused, base_shapes, check_structure
-from tuneward_serving.agent.loop import read_wanted
+from tuneward_serving.agent.engine_client import EngineClient
+from tuneward_serving.agent.loop import Agent, read_wanted
 from tuneward_serving.agent.proof import Measured, judge
 from tuneward_serving.agent.weights import Tensor, WeightsError, is_finite, is_zero, read_header
 
@@ -218,3 +223,59 @@ def test_a_wanted_list_that_cannot_be_read_changes_nothing(tmp_path: Path) -> No
     assert read_wanted(file, last) == last
     file.write_text(json.dumps(last.to_json()))
     assert read_wanted(file, WantedAdapters()) == last
+
+
+class LoadsNoDora(BaseHTTPRequestHandler):
+    """Answers as vLLM does when `adapter_config.json` says use_dora (its tests/entrypoints hold the sentence)."""
+
+    def do_GET(self) -> None:
+        self._answer(200, {"data": [{"id": "base"}]})
+
+    def do_POST(self) -> None:
+        message = "Call to add_lora method failed: vLLM does not yet support DoRA."
+        self._answer(400, {"error": {"message": message, "type": "BadRequestError", "param": None, "code": 400}})
+
+    def _answer(self, status: int, body: dict[str, object]) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Not into the tests' output."""
+
+
+@pytest.fixture
+def loads_no_dora() -> Iterator[str]:
+    """Its address."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), LoadsNoDora)
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+    thread.join(timeout=60)
+
+
+def test_an_engine_that_loads_no_dora_is_told_with_the_command_that_helps(
+    loads_no_dora: str, adapters: Path, base_model: Path, dora: WantedAdapter, tmp_path: Path
+) -> None:
+    wanted = tmp_path / "adapters.json"
+    wanted.write_text(json.dumps(WantedAdapters(adapters=[dora]).to_json()))
+
+    async def looked() -> Agent:
+        engine = EngineClient(loads_no_dora, timeout=60)
+        agent = Agent(engine=engine, adapters=adapters, wanted_file=wanted, model=base_model, limits=LIMITS)
+        await agent.look()
+        await engine.close()
+        return agent
+
+    (found,) = asyncio.run(looked()).report().adapters
+    assert (found.ready, found.reason) == (False, Reason.LOAD_FAILED)
+    assert found.message == (
+        "the engine loads no DoRA; to serve it as a base model of its own: "
+        f"tuneward merge {adapters / dora.path} DIR --model {base_model} "
+        "(the engine says: Call to add_lora method failed: vLLM does not yet support DoRA.)"
+    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -163,7 +164,7 @@ class Agent:
             if served.adapters.get(wanted.name) != root:
                 await self.engine.load(wanted.name, root)
         except EngineRefused as error:
-            raise Refused(Reason.LOAD_FAILED, f"the engine refused to load it: {error}") from error
+            raise Refused(Reason.LOAD_FAILED, not_loaded(str(error), folder, self.model)) from error
         measured = await measure(self.engine, proof, base=served.base, name=wanted.name)
         judge(proof, measured, dtype=served.dtype, least_tolerance=self.least_tolerance)
 
@@ -202,6 +203,14 @@ class Agent:
 def _shapes_of(model: Path) -> Mapping[str, tuple[int, ...]]:
     """Once: the base of a server never changes."""
     return base_shapes(read_model_header(model))
+
+
+def not_loaded(said: str, folder: Path, model: Path) -> str:
+    """The engine's own words, and behind the command that helps where they name the kind of adapter, as vLLM's do."""
+    if "DoRA" not in said:
+        return f"the engine refused to load it: {said}"
+    merge = shlex.join(["tuneward", "merge", str(folder), "DIR", "--model", str(model)])
+    return f"the engine loads no DoRA; to serve it as a base model of its own: {merge} (the engine says: {said})"
 
 
 def read_wanted(path: Path, last: WantedAdapters) -> WantedAdapters:
