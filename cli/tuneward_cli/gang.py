@@ -76,15 +76,17 @@ class Gang:
 
     def close(self, grace: float = float(names.GRACE_PERIOD_SECONDS)) -> None:
         """Asks it to save a checkpoint and end, waits, kills what is left."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(timeout=grace)
-        # Ranks of a launcher that was killed are still in its group.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.client.close()
+        try:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(timeout=grace)
+        finally:
+            # Also where a person waits no longer. Ranks of a launcher that was killed are still in its group.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.client.close()
 
     def progress(self) -> Progress | None:
         """None while it does not answer."""

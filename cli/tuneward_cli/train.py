@@ -29,6 +29,7 @@ from tuneward_cli.words import (
     phase_line,
     progress_line,
     score_line,
+    stopping_line,
     tracker_line,
 )
 from tuneward_cli.workstation import Place
@@ -114,7 +115,7 @@ def _attempt(place: Place, plan: Plan, name: str, voice: Voice, extra: Mapping[s
     except HangError as error:
         return hang(step=error.step, seconds=patience)
     except KeyboardInterrupt:
-        voice.line("… stopping: a checkpoint is being saved (Ctrl-C again gives up on it)")
+        voice.line(f"… {stopping_line(gang.progress())}")
         raise
     finally:
         gang.close()

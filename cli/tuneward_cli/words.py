@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tuneward_api.conditions import Phase
+from tuneward_api.files import Progress
 from tuneward_api.quantities import duration
 
 _LOSS_OF_NOTE = 700.0
@@ -82,6 +83,16 @@ def progress_line(seen: Seen) -> str:
     if seen.eta_seconds is not None and seen.step < seen.steps:
         parts.append(f"{duration(seen.eta_seconds)} to go")
     return ", ".join(parts)
+
+
+def stopping_line(progress: Progress | None) -> str:
+    """What Ctrl-C does to an attempt that is so far; None: it does not answer."""
+    if progress is None:
+        return "stopping: its processes save what they have, and end (Ctrl-C again ends them at once)"
+    # Steps are reported from the first one on, and the one that is under way is ended.
+    if progress.step or progress.phase == "Training":
+        return "stopping: a checkpoint is being saved (Ctrl-C again gives up on it)"
+    return "stopping: this attempt has made no step, so there is nothing to save (Ctrl-C again ends it at once)"
 
 
 def tracker_line(state: Mapping[str, Any]) -> str:

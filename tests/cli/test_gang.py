@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
 
 import httpx
 import pytest
 from tests.operator.world import Leader
+from tests.support.wait import wait_for
 
 from tuneward_api.names import TRAINER_PORT
 from tuneward_cli.gang import Gang, HangError
@@ -53,3 +57,25 @@ def test_one_that_evaluates_is_busy(gang: tuple[Gang, Leader]) -> None:
             gang[0].process.kill()
 
     assert gang[0].watch(seen, hang_seconds=1) == (-9, None)
+
+
+def test_ctrl_c_again_gives_up_on_what_is_being_saved(tmp_path: Path) -> None:
+    begun, told = tmp_path / "begun", tmp_path / "told"
+    saves = f"trap 'touch {told}' TERM; touch {begun}; while :; do sleep 0.1; done"
+    process = subprocess.Popen(["sh", "-c", saves], start_new_session=True)
+    gang = Gang(process=process, address="", last_words=tmp_path / "said", client=httpx.Client())
+    wait_for(begun.exists, what="a process that hears SIGTERM")
+
+    def press() -> None:
+        wait_for(told.exists, what="the first Ctrl-C's SIGTERM")
+        os.kill(os.getpid(), signal.SIGINT)
+
+    person = Thread(target=press, daemon=True)
+    person.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            gang.close(grace=60)
+        person.join(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    finally:
+        process.kill()

@@ -8,6 +8,7 @@ import pytest
 
 from tuneward_api import quantities
 from tuneward_api.conditions import Phase
+from tuneward_api.files import Progress
 from tuneward_cli import words
 from tuneward_cli.train import tell_news
 from tuneward_cli.voice import Voice
@@ -69,6 +70,27 @@ def test_progress_leaves_out_what_is_not_known(seen: Seen, text: str) -> None:
 )
 def test_a_job_in_one_line(status: dict[str, Any], line: str) -> None:
     assert words.job_line({"metadata": {"name": "lantern"}, "status": status}) == line
+
+
+SAVES = "a checkpoint is being saved (Ctrl-C again gives up on it)"
+NOTHING = "this attempt has made no step, so there is nothing to save (Ctrl-C again ends it at once)"
+
+
+@pytest.mark.parametrize(
+    ("progress", "line"),
+    [
+        (None, "its processes save what they have, and end (Ctrl-C again ends them at once)"),
+        ({"phase": "Starting"}, NOTHING),
+        ({"phase": "Loading", "steps": 9}, NOTHING),
+        ({"phase": "Evaluating", "steps": 9}, NOTHING),
+        # The step that it is in is ended, and saved.
+        ({"phase": "Training", "steps": 9}, SAVES),
+        ({"phase": "Evaluating", "step": 3, "steps": 9}, SAVES),
+        ({"phase": "Saving", "step": 9, "steps": 9}, SAVES),
+    ],
+)
+def test_what_ctrl_c_saves(progress: dict[str, Any] | None, line: str) -> None:
+    assert words.stopping_line(None if progress is None else Progress.model_validate(progress)) == f"stopping: {line}"
 
 
 def test_every_phase_has_its_words() -> None:
