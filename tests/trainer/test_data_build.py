@@ -132,21 +132,28 @@ def test_the_pieces_of_a_split_text_learn_each_token_but_the_first_once(
 
 
 @pytest.mark.parametrize(
-    ("rule", "said"),
+    ("rule", "most", "said"),
     [
-        ("Split", "has 73 tokens; allowed: at most 20 (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
+        ("Split", None, "has 73 tokens; allowed: at most 20 (spec.hyperparameters.sequenceLength; raise it as far as the model allows, "
                   "or set spec.datasets.onTooLong to Truncate or Skip)"),
-        ("Truncate", "has nothing to learn in its first 20 tokens: the first one that is learnt is number 72; allowed: at least 72 "
-                     "tokens a sample (spec.hyperparameters.sequenceLength; raise it as far as the model allows, or set "
-                     "spec.datasets.onTooLong to Skip)"),
+        ("Truncate", 72,
+         "has nothing to learn in its first 20 tokens: the first one that is learnt is number 72; allowed: at least 72 tokens a "
+         "sample (spec.hyperparameters.sequenceLength; raise it as far as the model allows, or set spec.datasets.onTooLong to "
+         "Skip)"),
+        # What no sequenceLength cures.
+        ("Error", 20, "has 73 tokens; allowed: at most 20 (the model was made for no more than 20: make the sample shorter, set "
+                      "spec.datasets.onTooLong to Truncate or Skip, or take a model that was made for longer ones)"),
+        ("Truncate", 71, "has nothing to learn in its first 20 tokens: the first one that is learnt is number 72; allowed: at "
+                         "least 72 tokens a sample (the model was made for no more than 71: make the sample shorter, set "
+                         "spec.datasets.onTooLong to Skip, or take a model that was made for longer ones)"),
     ],
 )  # fmt: skip
 def test_a_conversation_of_which_nothing_would_be_left_is_refused(
-    tmp_path: Path, encoder: Encoder, rule: Any, said: str
+    tmp_path: Path, encoder: Encoder, rule: Any, most: int | None, said: str
 ) -> None:
     late = source(write(tmp_path / "b.jsonl", LATE))
     with pytest.raises(DataError) as caught:
-        build(tmp_path / "out", training=[late], validation=[], encoder=encoder, limits=Limits(20, rule))
+        build(tmp_path / "out", training=[late], validation=[], encoder=encoder, limits=Limits(20, rule, most=most))
     assert caught.value.problems.lines() == [f"pvc://data/b.jsonl:1: the sample {said}"]
 
 

@@ -201,10 +201,14 @@ def test_a_pair_that_is_too_long_is_left_out_or_cut_whole(tmp_path: Path, tokeni
     assert Documents.open(tmp_path / "out/training").lengths.tolist()[2] == 50
 
 
-def test_answers_that_are_equal_once_cut_are_refused(tmp_path: Path, tokenizer: Any) -> None:
+@pytest.mark.parametrize(
+    ("most", "remedy"), [(51, "raise it as far"), (50, "the model was made for no more than 50: make ")]
+)
+def test_answers_that_are_equal_once_cut_are_refused(tmp_path: Path, tokenizer: Any, most: int, remedy: str) -> None:
     pair = source(tmp_path / "pair.jsonl", {"prompt": "a", "chosen": "b " * 60 + "c", "rejected": "b " * 60 + "d"})
     with pytest.raises(DataError) as caught:
-        built(tmp_path, tokenizer, Limits(50, "Truncate", objective="DPO"), pair)
+        built(tmp_path, tokenizer, Limits(50, "Truncate", objective="DPO", most=most), pair)
+    assert remedy in str(caught.value)
     assert "the pair has the same first 50 tokens in both answers; allowed: answers that differ before" in str(caught.value)
 
 

@@ -157,8 +157,8 @@ def test_another_tokenizer_is_another_cache(change: str, tmp_path: Path) -> None
     file.write_bytes(SHIPPED["v3"].read_bytes())
 
     def key() -> str:
-        inputs = Inputs(tmp_path, load_tokenizer(tmp_path), 512)
-        return cache_key([], [], Datasets.model_validate({"training": [{"uri": "pvc://a/b"}]}), Limits(512), inputs)
+        inputs = Inputs(tmp_path, load_tokenizer(tmp_path), Limits(512))
+        return cache_key([], [], Datasets.model_validate({"training": [{"uri": "pvc://a/b"}]}), inputs)
 
     before = key()
     assert key() == before

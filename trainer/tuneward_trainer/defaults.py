@@ -71,15 +71,16 @@ def objective(spec: FineTuneJobSpec) -> ResolvedObjective:
     return ResolvedObjective(type=kind, dpo=ResolvedDPO(beta=asked.beta or _BETA))
 
 
-def limits(spec: FineTuneJobSpec, longest: int) -> Limits:
-    """What is done with samples of more than `longest` tokens, and with how many of them."""
+def limits(spec: FineTuneJobSpec, facts: Facts) -> Limits:
+    """What is done with samples that are too long or invalid, and with how many of them. Raises EndError."""
     kind, datasets = kind_of(spec), spec.datasets
     return Limits(
-        longest,
+        longest_sample(spec.hyperparameters or Hyperparameters(), facts),
         on_too_long=datasets.on_too_long or _USUAL[kind].on_too_long,
         fraction=datasets.validation_fraction or 0.0,
         invalid=datasets.invalid_sample_skip_percentage or 0.0,
         objective=kind,
+        most=facts.max_length,
     )
 
 

@@ -101,18 +101,18 @@ def prepare(request: Request, places: Places, folder: Path) -> Prepared:
     found = models.find(request.base_uri, places=places, store_claim=request.store_claim, pins=folder / "pins.json")
     facts = examine(found.folder)
     check_task(request)
-    longest = defaults.longest_sample(hyper, facts)
+    limits = defaults.limits(spec, facts)
     objective = defaults.objective(spec)
     method = method_of(request, found, facts, places, folder.parent)
-    packing = verify(found, method, compiling=compiles(request, method), longest=longest)
+    packing = verify(found, method, compiling=compiles(request, method), longest=limits.longest)
     tokenizer = load_tokenizer(found.folder)
-    cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, longest))
+    cache = tokenize(request, places, folder, Inputs(found.folder, tokenizer, limits))
     summary = Summary.read(cache.folder)
     for note in summary.notes():
         log.info("%s", note)
     lengths = Documents.open(cache.folder / TRAINING).lengths
     numbers = defaults.hyperparameters(
-        hyper, lengths=lengths, summary=summary, facts=facts, longest=longest, objective=objective, method=method.type
+        hyper, lengths=lengths, summary=summary, facts=facts, longest=limits.longest, objective=objective, method=method.type
     )
     data = memory.statistics(lengths, summary.target_tokens)
     costs = costs_of(spec, found.folder, method, numbers, facts, data, documents_a_unit(objective.type))
@@ -265,7 +265,7 @@ class Inputs:
 
     model: Path
     tokenizer: Tokenizer
-    longest: int
+    limits: Limits
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,7 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
     datasets = request.spec.datasets
     training = sources(datasets.training, "training", places, request.store_claim)
     validation = sources(datasets.validation or [], "validation", places, request.store_claim)
-    limits = defaults.limits(request.spec, inputs.longest)
-    key = cache_key(training, validation, datasets, limits, inputs)
+    key = cache_key(training, validation, datasets, inputs)
     sub_path = f"data/sha256-{key}"
     target = places.store / sub_path
     with alone(target):
@@ -290,7 +289,7 @@ def tokenize(request: Request, places: Places, folder: Path, inputs: Inputs) -> 
                 shutil.rmtree(target, ignore_errors=True)
             for part in (TRAINING, VALIDATION):
                 make_directory(target / part)
-            _fill(target, folder, training, validation, datasets, limits, inputs)
+            _fill(target, folder, training, validation, datasets, inputs)
     (folder / ERRORS).unlink(missing_ok=True)
     if (target / ERRORS).exists():
         shutil.copyfile(target / ERRORS, folder / ERRORS)
@@ -303,12 +302,11 @@ def _fill(
     training: Sequence[Source],
     validation: Sequence[Source],
     datasets: Datasets,
-    limits: Limits,
     inputs: Inputs,
 ) -> None:
     encoder = inputs.tokenizer.encoder(datasets.loss_on or "Assistant")
     try:
-        build(target, training=training, validation=validation, encoder=encoder, limits=limits)
+        build(target, training=training, validation=validation, encoder=encoder, limits=inputs.limits)
     except DataError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise data_bad(error, folder / ERRORS) from error
@@ -347,9 +345,7 @@ def _hint(root: Path, scheme: str) -> str:
     return f"; the ConfigMap has the keys {', '.join(keys)}" if keys else "; there is no such ConfigMap, or it is empty"
 
 
-def cache_key(
-    training: Sequence[Source], validation: Sequence[Source], datasets: Datasets, limits: Limits, inputs: Inputs
-) -> str:
+def cache_key(training: Sequence[Source], validation: Sequence[Source], datasets: Datasets, inputs: Inputs) -> str:
     """sha256 over everything that the tokens and masks depend on."""
     parts = {
         "version": _CACHE_VERSION,
@@ -360,7 +356,8 @@ def cache_key(
         },
         "stops": stop_ids(inputs.model),
         "lossOn": datasets.loss_on or "Assistant",
-        "limits": asdict(limits),
+        # What the model was made for shapes a sentence alone.
+        "limits": {name: value for name, value in asdict(inputs.limits).items() if name != "most"},
         "training": [_identity(source) for source in training],
         "validation": [_identity(source) for source in validation],
     }

@@ -61,13 +61,14 @@ class Source:
 @dataclass(frozen=True)
 class Limits:
     """`longest`: tokens of a sample; `fraction`: share of the training samples to hold out; `invalid`: share of all
-    samples, in percent, that may be left out as invalid."""
+    samples, in percent, that may be left out as invalid; `most`: tokens that the model was made for, if it says so."""
 
     longest: int
     on_too_long: fit.OnTooLong = "Error"
     fraction: float = 0.0
     invalid: float = 0.0
     objective: ObjectiveType = "SFT"
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,10 +147,10 @@ class Worker:
 
     def _fit(self, line: int, documents: list[Encoded], form: formats.Format, done: Done) -> list[Encoded]:
         """Those that are short enough, and what is left of those that are not. Raises SampleError."""
-        longest = self._limits.longest
-        done.longest = max(done.longest, *(min(len(document), longest) for document in documents))
+        length = fit.Length(self._limits.longest, self._limits.most)
+        done.longest = max(done.longest, *(min(len(document), length.longest) for document in documents))
         way = fit.fit_pair if form in PAIRS else fit.fit
-        fitted = way(documents, longest, self._limits.on_too_long, form)
+        fitted = way(documents, length, self._limits.on_too_long, form)
         if fitted.fate is not None:
             done.fates.append((line, fitted.fate))
         return fitted.documents
