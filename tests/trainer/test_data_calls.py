@@ -39,6 +39,7 @@ def test_arguments_are_an_object(value: Any, expected: dict[str, Any]) -> None:
         ("[1]", "arguments is [1]; allowed: an object, or its JSON text"),
         ('"text"', 'arguments is "text"; allowed: an object, or its JSON text'),
         (3, "arguments is 3; allowed: an object, or its JSON text"),
+        ('{"a": [{"b": 1, "b": 2}]}', 'arguments.a[0] has the key "b" twice in one object; allowed: each key once'),
         ('{"a": 1, "a": 2}', 'arguments has the key "a" twice in one object; allowed: each key once'),
         ('{"a": NaN}', "arguments holds NaN, which is no JSON; allowed: "),
         ('{"a": 1e999}', "arguments holds 1e999, which would be rendered as inf; allowed: numbers that a double can hold"),
@@ -61,7 +62,7 @@ def test_arguments_that_lose_something_are_refused(value: Any, expected: str) ->
 def test_a_key_that_stands_twice_in_a_line_is_refused() -> None:
     with pytest.raises(SampleError) as caught:
         parse(b'{"messages": [{"role": "user", "content": "a", "role": "assistant"}]}')
-    assert str(caught.value) == ' has the key "role" twice in one object; allowed: each key once'
+    assert str(caught.value) == 'messages[0] has the key "role" twice in one object; allowed: each key once'
 
 
 PARAMETERS = {"type": "object", "properties": {}}

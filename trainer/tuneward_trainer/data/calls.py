@@ -42,7 +42,7 @@ def parse(text: str, path: str, allowed: str) -> Any:
     """JSON text in a field. Raises SampleError for what is none, or would lose a key or a number by being read."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return unique(pairs, path)
+        return unique(pairs, path, text)
 
     def number(literal: str) -> float:
         return _number(literal, path)
@@ -56,14 +56,34 @@ def parse(text: str, path: str, allowed: str) -> Any:
         raise SampleError(path, f"is no JSON ({error})", allowed) from error
 
 
-def unique(pairs: list[tuple[str, Any]], path: str) -> dict[str, Any]:
-    """A JSON object. Raises SampleError for a key that is there twice: one of both values would be lost."""
+def unique(pairs: list[tuple[str, Any]], path: str, text: str) -> dict[str, Any]:
+    """A JSON object of `text`, which stands at `path`. Raises SampleError for a key that is there twice: one of both values
+    would be lost."""
     found = dict(pairs)
     if len(found) != len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise SampleError(path, f"has the key {show(twice)} twice in one object", "each key once")
+        place = (path + _place_of_twice(text)).removeprefix(".")
+        raise SampleError(place, f"has the key {show(twice)} twice in one object", "each key once")
     return found
+
+
+def _place_of_twice(text: str) -> str:
+    """Path of the first object that ends with a key twice, as a parser meets it; empty where no parser gets to the end."""
+
+    def place(value: Any, path: str) -> str | None:
+        # An object is a tuple of its pairs here.
+        pairs = value if isinstance(value, tuple) else ()
+        items = [(f"{path}.{key}", item) for key, item in pairs]
+        if isinstance(value, list):
+            items = [(f"{path}[{index}]", item) for index, item in enumerate(value)]
+        inner = next(filter(None, (place(item, where) for where, item in items)), None)
+        return path if inner is None and len({key for key, _ in pairs}) != len(pairs) else inner
+
+    try:
+        return place(json.loads(text, object_pairs_hook=tuple), "") or ""
+    except (ValueError, RecursionError):
+        return ""
 
 
 def _number(literal: str, path: str) -> float:

@@ -23,8 +23,6 @@ LONGEST_LINE: Final = 1 << 26
 _CHUNK: Final = 1 << 20
 _GZIP: Final = b"\x1f\x8b"
 _BOM: Final = b"\xef\xbb\xbf"
-_ONCE: Final = partial(unique, path="")
-"""Of each object that is read: a partial costs no Python call of its own."""
 _JSONL: Final = "UTF-8 text with one JSON object a line"
 
 
@@ -61,7 +59,9 @@ def parse(line: bytes | dict[str, Any]) -> dict[str, Any]:
     if line.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in line[:4]:
         raise SampleError("", "is UTF-16 or UTF-32", f"{_JSONL}; convert with: iconv -f UTF-16 -t UTF-8")
     try:
-        value = json.loads(line.decode(), object_pairs_hook=_ONCE)
+        text = line.decode()
+        # Of each object that is read: a partial costs no Python call of its own.
+        value = json.loads(text, object_pairs_hook=partial(unique, path="", text=text))
     except UnicodeDecodeError as error:
         raise SampleError("", f"is no UTF-8 at byte {error.start + 1}", _JSONL) from error
     except (ValueError, RecursionError) as error:
