@@ -159,8 +159,7 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
             raise CommandError(
                 f"{place.run} belongs to another version of this job ({_difference(file, text)}); "
                 "give the job another name or begin anew",
-                paste=f"tuneward train {loaded.file} --name {request.job.name} --store {place.store}"
-                f"{claim_flags(place.claims)} --restart",
+                paste=f"{_again(place, loaded, request, str(place.store))} --restart",
                 code=ExitCode.CONFIG_BAD,
             )
     try:
@@ -171,10 +170,17 @@ def lay_out(place: Place, loaded: Loaded, job: FineTuneJob, *, restart: bool) ->
     except OSError as error:
         raise CommandError(
             f"StoreNotWritable: {error.filename or place.store} cannot be written ({error.strerror})",
-            paste=f"tuneward train {loaded.file} --store ANOTHER_DIR",
+            paste=_again(place, loaded, request, "ANOTHER_DIR"),
             code=ExitCode.CONFIG_BAD,
         ) from error
     return request
+
+
+def _again(place: Place, loaded: Loaded, request: Request, store: str) -> str:
+    """The command that the person typed, with this store."""
+    # validate looks at all jobs of the file.
+    name = "" if place.command == "validate" else f" --name {request.job.name}"
+    return f"tuneward {place.command} {loaded.file}{name} --store {store}{claim_flags(place.claims)}"
 
 
 def _finished_request(place: Place, request: Request) -> Request:

@@ -94,6 +94,18 @@ def test_another_spec_or_other_data_is_refused_until_restart(tmp_path: Path, old
     assert not (place.run / "marker").exists()
 
 
+@pytest.mark.parametrize(("command", "name"), [("train", " --name small"), ("estimate", " --name small"), ("validate", "")])
+def test_a_store_that_cannot_be_written_is_named_with_the_whole_command(tmp_path: Path, command: str, name: str) -> None:
+    loaded = written(tmp_path)
+    (tmp_path / "store").write_text("a file")
+    (tmp_path / "chats").mkdir()
+    place = workstation.place_of(the_job(loaded), tmp_path / "store", {"chats": tmp_path / "chats"})
+    with pytest.raises(CommandError, match=r"^StoreNotWritable: .* cannot be written \(Not a directory\)") as caught:
+        workstation.lay_out(replace(place, command=command), loaded, the_job(loaded), restart=False)
+    said = f"tuneward {command} {loaded.file}{name} --store ANOTHER_DIR --claim chats={tmp_path / 'chats'}"
+    assert (caught.value.code, caught.value.paste) == (78, said)
+
+
 def test_a_claim_without_a_folder_is_named(tmp_path: Path) -> None:
     loaded = written(tmp_path)
     job = the_job(loaded)
