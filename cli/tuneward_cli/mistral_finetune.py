@@ -7,6 +7,7 @@ workstation has as folders; what the translated job may hold is checked by the j
 from __future__ import annotations
 
 import re
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -95,6 +96,14 @@ class TrainArgs(_Keys):
     lora: Lora = Lora()
 
 
+_STAND_IN: Final = "stand-in"
+"""For a path that is refused or missing: nothing that is checked later objects to it."""
+_STAND_INS: Final[dict[KeyPath, Any]] = {
+    ("data",): {"instruct_data": _STAND_IN, "eval_instruct_data": _STAND_IN},
+    **{("data", key): _STAND_IN for key in ("data", "instruct_data", "eval_instruct_data")},
+    ("model_id_or_path",): _STAND_IN,
+    ("run_dir",): _STAND_IN,
+}
 _KNOWN: Final = frozenset(TrainArgs.model_fields)
 
 
@@ -124,16 +133,30 @@ def is_one(document: Document) -> bool:
 
 def translate(document: Document) -> tuple[Translation | None, list[Problem]]:
     """The job, or every problem at its own key."""
-    try:
-        keys = TrainArgs.model_validate(document.value)
-    except ValidationError as error:
-        return None, problems_of(document, TrainArgs, error)
+    keys, refused = _read(document)
     translator = _Translator(document, keys)
     translation = translator.translation()
-    if translator.problems:
-        return None, translator.problems
-    _, problems = validate_document(translation.job)
-    return (None, translator.at_keys(problems)) if problems else (translation, [])
+    _, of_job = validate_document(translation.job)
+    problems = [*refused, *translator.problems, *translator.at_keys(of_job)]
+    return (None, sorted(problems, key=lambda one: one.line)) if problems else (translation, [])
+
+
+def _read(document: Document) -> tuple[TrainArgs, list[Problem]]:
+    """The keys. One that is refused has its default or a stand-in, so that what the others say is checked too."""
+    try:
+        return TrainArgs.model_validate(document.value), []
+    except ValidationError as error:
+        refused = error
+    value = deepcopy(document.value)
+    for detail in refused.errors(include_url=False):
+        *parents, last = detail["loc"]
+        holder = value
+        for parent in parents:
+            holder = holder[parent]
+        holder.pop(last, None)
+        if detail["loc"] in _STAND_INS:
+            holder[last] = _STAND_INS[detail["loc"]]
+    return TrainArgs.model_validate(value), problems_of(document, TrainArgs, refused)
 
 
 class _Translator:
@@ -210,8 +233,9 @@ class _Translator:
 
     def _data(self) -> None:
         sources = [*self._sources("data.data", text=True), *self._sources("data.instruct_data")]
-        if not sources and not self.problems:
+        if not sources:
             self._refuse("data", "holds no training data; set instruct_data, or data for plain text")
+            sources = [Source(Path(_STAND_IN), 1)]
         copies = copies_of(sources)
         training = [
             {"uri": self._uri(source.path, "data")}
@@ -239,6 +263,7 @@ class _Translator:
             return
         if not asked:
             self._refuse("no_eval", "is false, so data.eval_instruct_data must name data; or set no_eval: true")
+            asked = [Source(Path(_STAND_IN), 1)]
         validation = [{"uri": self._uri(source.path, "data")} for source in asked]
         self._set("data.eval_instruct_data", "datasets.validation", validation)
         if keys.eval_freq > 0:
@@ -255,6 +280,7 @@ class _Translator:
                 number = 0.0
             if not path or not 0 < number < float("inf"):
                 self._refuse(key, f"{item!r} must be PATH or PATH:WEIGHT with a weight above 0")
+                found.append(Source(Path(_STAND_IN), 1, text))
             elif Path(path) in (source.path for source in found):
                 self._refuse(key, f"{path} is there twice; name it once")
             else:

@@ -222,6 +222,56 @@ def test_refusals_name_the_key_and_its_line(tmp_path: Path, text: str, expected:
     assert str(problem).startswith(f"{tmp_path / 'mistral.yaml'}{expected}")
 
 
+WRONG = """\
+data:
+  instruct_data: "a b.jsonl,c.jsonl:x"
+  shuffle: 3
+lora:
+  rank: 0
+  dropout: 2
+  ranks: x
+max_steps: 0
+no_eval: false
+optim:
+  lr: 2
+run_dir: 5
+"""
+
+
+def test_all_refusals_come_at_once(tmp_path: Path) -> None:
+    """Of keys, of what they say together, and of the job that they become."""
+    said = [str(problem).removeprefix(f"{tmp_path / 'mistral.yaml'}:") for problem in loaded(tmp_path, WRONG).problems]
+    assert [": ".join(line.split(": ")[:2]) for line in said] == [
+        "1: model_id_or_path",
+        "2: data.instruct_data",
+        "2: data.instruct_data",
+        "3: data.shuffle",
+        "5: lora.rank",
+        "6: lora.dropout",
+        "7: lora.ranks",
+        "8: max_steps",
+        "9: no_eval",
+        "11: optim.lr",
+        "12: run_dir",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("data: 3", ["data"]),
+        ("data: {data: 3}", ["data.data"]),
+        ("data: {instruct_data: 3, eval_instruct_data: a}\nno_eval: false", ["data.instruct_data"]),
+        ("data: {instruct_data: a, eval_instruct_data: 3}\nno_eval: false", ["data.eval_instruct_data"]),
+        ("data: {}\nno_eval: false\nlora: x", ["data", "no_eval", "lora"]),
+        ("no_eval: false", ["data"]),
+    ],
+)
+def test_what_is_refused_is_the_cause_of_no_other_refusal(tmp_path: Path, data: str, expected: list[str]) -> None:
+    problems = loaded(tmp_path, f"model_id_or_path: m\nrun_dir: run\n{data}\n").problems
+    assert [problem.field for problem in problems] == expected
+
+
 def test_without_lora_all_weights_are_trained(tmp_path: Path) -> None:
     found = loaded(tmp_path, GOOD + "lora: {enable: false}\n")
     assert not found.problems
