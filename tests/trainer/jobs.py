@@ -18,15 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
 
 from tuneward_api import manifest
-from tuneward_api.files import Base, Data, Images, JobRef, Plan, Prepared, Request, Result
+from tuneward_api.files import Base, Data, FinishedAdapter, FinishReport, Images, JobRef, Plan, Prepared, Request, Result
 from tuneward_api.finetunejob import FineTuneJobSpec
 from tuneward_api.objective import SUPERVISED, ResolvedDPO, ResolvedObjective
 from tuneward_api.resolved import ResolvedData, ResolvedHyperparameters, ResolvedMethod, ResolvedPacking
-from tuneward_trainer import patches, rundir
+from tuneward_trainer import finish, patches, rundir
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, DocumentWriter, Encoded
 from tuneward_trainer.model import model_class
 
@@ -304,3 +305,22 @@ def await_(condition: Callable[[], bool], said: Callable[[], str] = str) -> None
 def train(job: Job, world: int = 1) -> Job:
     Gang(job, world).succeed()
     return job
+
+
+# -- and their ends --------------------------------------------------------------------------------------------------
+
+
+def reported(job: Job) -> tuple[int, FinishReport]:
+    """finish's exit code, and what it says."""
+    with pytest.MonkeyPatch.context() as patched:
+        for name, value in job.variables().items():
+            patched.setenv(name, value)
+        code = finish.main(job.plan_file)
+    return code, FinishReport.model_validate_json((job.run / "termination").read_bytes())
+
+
+def filed(job: Job) -> FinishedAdapter:
+    """What finish files of a job that succeeded."""
+    code, report = reported(job)
+    assert code == 0 and report.adapter is not None, report.message
+    return report.adapter

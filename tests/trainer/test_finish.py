@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trainer.jobs import Job, make_job
+from tests.trainer.jobs import Job, make_job, reported
 
 from tuneward_api import manifest
 from tuneward_api.conditions import Reason
 from tuneward_api.evaluation import Gate
-from tuneward_api.files import FinishReport, Metrics, Result
+from tuneward_api.files import Metrics, Result
 from tuneward_trainer import finish, rundir
 
 
@@ -34,17 +34,10 @@ def ended(job: Job, **changes: Any) -> Result:
     return rundir.write_result(job.run, Result(**values | changes))
 
 
-def run(job: Job, monkeypatch: pytest.MonkeyPatch) -> tuple[int, FinishReport]:
-    for name, value in job.variables().items():
-        monkeypatch.setenv(name, value)
-    code = finish.main(job.plan_file)
-    return code, FinishReport.model_validate_json((job.run / "termination").read_bytes())
-
-
-def test_the_adapter_is_filed_under_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_adapter_is_filed_under_its_digest(tmp_path: Path) -> None:
     job = make_job(tmp_path, spec={"register": {"suffix": "lamp"}})
     result = ended(job)
-    code, report = run(job, monkeypatch)
+    code, report = reported(job)
     assert (code, report.outcome, report.reason) == (0, "Done", Reason.SUCCEEDED)
     adapter = report.adapter
     assert adapter is not None
@@ -56,20 +49,20 @@ def test_the_adapter_is_filed_under_its_digest(tmp_path: Path, monkeypatch: pyte
     assert (job.run / "finish/report.json").is_file()
 
 
-def test_a_second_pass_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_pass_says_the_same(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     ended(job)
-    first = run(job, monkeypatch)
-    assert run(job, monkeypatch) == first
+    first = reported(job)
+    assert reported(job) == first
 
 
-def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_was_cut_short_is_made_again(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     ended(job)
-    _, report = run(job, monkeypatch)
+    _, report = reported(job)
     assert report.adapter is not None
     (tmp_path / report.adapter.sub_path / "adapter/adapter_model.safetensors").write_bytes(b"wei")
-    assert run(job, monkeypatch)[1] == report
+    assert reported(job)[1] == report
     manifest.verify(tmp_path / report.adapter.sub_path)
 
 
@@ -80,7 +73,7 @@ def test_a_finish_that_is_second_writes_over_nothing(tmp_path: Path, monkeypatch
     served: list[int] = []
     copy = finish._copy
     monkeypatch.setattr(finish, "alone", lambda target: first_files_it(job, target, copy, served))
-    code, _ = run(job, monkeypatch)
+    code, _ = reported(job)
     (file,) = (tmp_path / "adapters").glob("sha256-*/adapter/adapter_model.safetensors")
     assert (code, file.stat().st_mtime_ns) == (0, served[0])
 
@@ -100,13 +93,11 @@ def first_files_it(job: Job, target: Path, copy: Any, served: list[int]) -> Iter
         ({"minImprovement": 0.5}, "better by 25.0%; evaluation.gate.minImprovement is 50.0%"),
     ],
 )
-def test_the_gate_refuses_with_both_figures(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: dict[str, float], said: str
-) -> None:
+def test_the_gate_refuses_with_both_figures(tmp_path: Path, gate: dict[str, float], said: str) -> None:
     datasets = {"training": [{"uri": "pvc://claim/chats.jsonl"}], "validationFraction": 0.1}
     job = make_job(tmp_path, spec={"evaluation": {"gate": gate}, "datasets": datasets})
     ended(job)
-    _, report = run(job, monkeypatch)
+    _, report = reported(job)
     assert (report.outcome, report.reason, report.adapter) == ("Failed", Reason.GATE_REFUSED, None)
     assert "the validation loss is 1.5000, 2.0000 before" in report.message
     assert said in report.message
@@ -137,26 +128,26 @@ def test_everything_that_is_missed_is_told() -> None:
     )
 
 
-def test_a_gate_that_is_reached_lets_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gate_that_is_reached_lets_pass(tmp_path: Path) -> None:
     datasets = {"training": [{"uri": "pvc://claim/chats.jsonl"}], "validationFraction": 0.1}
     gate = {"maxLoss": 1.6, "minImprovement": 0.2}
     job = make_job(tmp_path, spec={"evaluation": {"gate": gate}, "datasets": datasets})
     ended(job)
-    assert run(job, monkeypatch)[1].outcome == "Done"
+    assert reported(job)[1].outcome == "Done"
 
 
-def test_changed_bytes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_bytes_are_refused(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     ended(job)
     (job.run / "adapter/a1/adapter/adapter_model.safetensors").write_bytes(b"WEIGHTS")
-    code, report = run(job, monkeypatch)
+    code, report = reported(job)
     assert (code, report.reason) == (66, Reason.INPUT_MISSING)
     assert "was changed after it was finished" in report.message
 
 
-def test_without_a_success_there_is_nothing_to_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_success_there_is_nothing_to_finish(tmp_path: Path) -> None:
     job = make_job(tmp_path)
     ended(job, plan_digest="sha256:another")
-    code, report = run(job, monkeypatch)
+    code, report = reported(job)
     assert (code, report.outcome) == (66, "Failed")
     assert "train first" in report.message

@@ -10,33 +10,27 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from tests.trainer.jobs import Job, make_job, train
+from tests.trainer.jobs import Job, filed, make_job, train
 from transformers import LlamaForCausalLM
 
 from tuneward_api import manifest
-from tuneward_api.files import FinishReport, Proof
+from tuneward_api.files import Proof
 from tuneward_api.names import ExitCode
-from tuneward_trainer import finish, merged
+from tuneward_trainer import merged
 from tuneward_trainer.proof import logprobs
 
 
 @pytest.fixture(scope="module", params=["LoRA", "DoRA"])
-def filed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def adapter_on_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An adapter as finish files it, and its base model."""
     job: Job = train(make_job(tmp_path_factory.mktemp("store"), method={"type": request.param}))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in job.variables().items():
-            patch.setenv(name, value)
-        assert finish.main(job.plan_file) == 0
-    adapter = FinishReport.model_validate_json((job.run / "termination").read_bytes()).adapter
-    assert adapter is not None
-    return job.store / adapter.sub_path, job.store / "models/tiny"
+    return job.store / filed(job).sub_path, job.store / "models/tiny"
 
 
 def test_the_model_says_what_the_adapter_said(
-    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_on_base: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    adapter, base = filed
+    adapter, base = adapter_on_base
     assert merged.main(adapter, base, tmp_path / "model") == 0
     assert capsys.readouterr().out.startswith(
         f"{tmp_path / 'model'} holds the model; the proof's log-probabilities differ by"
@@ -54,9 +48,9 @@ def test_the_model_says_what_the_adapter_said(
 
 @pytest.mark.parametrize("what", ["another base", "no base", "no adapter", "changed", "there"])
 def test_what_is_refused_leaves_nothing(
-    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
+    adapter_on_base: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str
 ) -> None:
-    adapter, base, folder = *filed, tmp_path / "model"
+    adapter, base, folder = *adapter_on_base, tmp_path / "model"
     expected = "gives log-probabilities that are"
     if what == "another base":
         base = shutil.copytree(base, tmp_path / "base")
@@ -81,14 +75,14 @@ def test_what_is_refused_leaves_nothing(
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(
-    filed: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    adapter_on_base: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """No file may be larger than 4 KiB, which the weights are."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
     try:
-        code = merged.main(*filed, tmp_path / "model")
+        code = merged.main(*adapter_on_base, tmp_path / "model")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)

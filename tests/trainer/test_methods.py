@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from peft import PeftModel
-from tests.trainer.jobs import VOCABULARY, Gang, Job, make_job, tiny_config, train
+from tests.trainer.jobs import VOCABULARY, Gang, Job, filed, make_job, tiny_config, train
 from transformers import DynamicCache, LlamaForCausalLM
 
-from tuneward_api.files import FinishReport, Proof
+from tuneward_api.files import Proof
 from tuneward_serving.agent import adapter_check
 from tuneward_serving.agent.proof import Measured, judge
 from tuneward_serving.agent.weights import read_header
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.runner import Runner
-from tuneward_trainer import finish, patches, verify
+from tuneward_trainer import patches, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import adapter_parameters, add_adapters, trainable
@@ -95,14 +95,10 @@ def test_any_number_of_ranks_and_any_kill_give_the_same_adapter(dora: Job, world
     assert (job.results()[0].from_step > 0) == (len(worlds) > 1)
 
 
-def test_a_dora_ends_in_a_model_that_answers(dora: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dora_ends_in_a_model_that_answers(dora: Job) -> None:
     """finish files it, the agent's checks take it, and the engine computes what the trainer proved, also in a batch
     with rows of the base model."""
-    for name, value in dora.variables().items():
-        monkeypatch.setenv(name, value)
-    assert finish.main(dora.plan_file) == 0
-    adapter = FinishReport.model_validate_json((dora.run / "termination").read_bytes()).adapter
-    assert adapter is not None
+    adapter = filed(dora)
     assert (adapter.type, adapter.rank) == ("DoRA", 4)
     folder, model = dora.store / adapter.sub_path, dora.store / "models/tiny"
     shapes = adapter_check.base_shapes(read_header(model / "model.safetensors"))

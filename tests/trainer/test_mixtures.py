@@ -13,7 +13,7 @@ import transformers
 from peft import PeftModel
 from safetensors.torch import load_file
 from tests.trainer.families import PACKED, served_class
-from tests.trainer.jobs import VOCABULARY, make_job, train
+from tests.trainer.jobs import VOCABULARY, filed, make_job, train
 from tests.trainer.test_families import ATTENTION, logits
 from tests.trainer.test_methods import answers
 from torch import nn
@@ -21,7 +21,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api import manifest
 from tuneward_api.adapters import targets_of
-from tuneward_api.files import FinishReport, Parent, Proof
+from tuneward_api.files import Parent, Proof
 from tuneward_api.finetunejob import Method
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_api.shape import Shape
@@ -31,7 +31,7 @@ from tuneward_serving.agent.proof import judge
 from tuneward_serving.agent.weights import read_model_header
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.runner import Runner
-from tuneward_trainer import defaults, finish, parent, patches, verify
+from tuneward_trainer import defaults, parent, patches, verify
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.model import (
     adapted_share,
@@ -233,17 +233,13 @@ def test_the_shape_counts_them() -> None:
     assert shape.lora(4, set(targets)) == adapter_parameters(facts.empty, targets, 4)
 
 
-def test_a_job_ends_in_a_model_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_job_ends_in_a_model_that_answers(tmp_path: Path) -> None:
     """QLoRA: trained on packed weights, proved on the plain ones, filed under the names that a job has, served."""
     config = verify.shrink(PACKED["glm4_moe"])
     config.architectures, config.vocab_size = ["Glm4MoeForCausalLM"], VOCABULARY
     targets = target_linears(served_class(config)(config))
     job = train(make_job(tmp_path, config=config, method={"type": "QLoRA", "target_modules": targets}, hyper={"steps": 4}))
-    for name, value in job.variables().items():
-        monkeypatch.setenv(name, value)
-    assert finish.main(job.plan_file) == 0
-    adapter = FinishReport.model_validate_json((job.run / "termination").read_bytes()).adapter
-    assert adapter is not None
+    adapter = filed(job)
     assert adapter.target_modules == targets
     folder, model = tmp_path / adapter.sub_path, tmp_path / "models/tiny"
     learnt = load_file(folder / "adapter/adapter_model.safetensors")

@@ -12,18 +12,18 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from tests.trainer.jobs import TARGETS, Gang, Job, make_job, make_model, step_lines, tiny_config, train
+from tests.trainer.jobs import TARGETS, Gang, Job, filed, make_job, make_model, step_lines, tiny_config, train
 from tests.trainer.quantised import to_fp8
 from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 
-from tuneward_api.files import FinishReport, Proof
+from tuneward_api.files import Proof
 from tuneward_api.finetunejob import Method
 from tuneward_api.resolved import ResolvedMethod
 from tuneward_serving.agent.proof import Measured, judge
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.runner import Runner
-from tuneward_trainer import defaults, finish, nf4, patches, proof, verify
+from tuneward_trainer import defaults, nf4, patches, proof, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.facts import examine
 from tuneward_trainer.losses import cross_entropy
@@ -160,13 +160,9 @@ def test_any_number_of_ranks_and_any_kill_give_the_same_adapter(qlora: Job) -> N
     assert (result.from_step > 0, result.resume) == (True, "exact")
 
 
-def test_it_ends_in_a_model_that_answers_on_the_plain_base(qlora: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_in_a_model_that_answers_on_the_plain_base(qlora: Job) -> None:
     """Its proof is of the base that is served: plain PEFT and the engine agree with it, and the packed model does not."""
-    for name, value in qlora.variables().items():
-        monkeypatch.setenv(name, value)
-    assert finish.main(qlora.plan_file) == 0
-    adapter = FinishReport.model_validate_json((qlora.run / "termination").read_bytes()).adapter
-    assert adapter is not None
+    adapter = filed(qlora)
     assert adapter.type == "LoRA"
     folder, model = qlora.store / adapter.sub_path, qlora.store / "models/tiny"
     proved = Proof.model_validate_json((folder / "proof.json").read_bytes())

@@ -11,15 +11,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from tests.trainer.jobs import PREFERENCE, Gang, Job, make_job, make_pairs, train, written
+from tests.trainer.jobs import PREFERENCE, Gang, Job, filed, make_job, make_pairs, train, written
 from transformers import LlamaForCausalLM
 
 from tuneward_api import manifest, names
 from tuneward_api.conditions import Reason
-from tuneward_api.files import FinishReport, Parent
+from tuneward_api.files import Parent
 from tuneward_api.finetunejob import Method
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import finish, models, parent, patches, prepare, rundir
+from tuneward_trainer import models, parent, patches, prepare, rundir
 from tuneward_trainer.facts import examine
 from tuneward_trainer.models import Found
 from tuneward_trainer.report import EndError
@@ -33,12 +33,7 @@ NOTHING = {"learning_rate": 1e-30, "weight_decay": 0.0, "steps": 1}
 def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Parent]:
     """A job that ended in a filed adapter, and that as a parent."""
     job = train(make_job(tmp_path_factory.mktemp("store"), method={"type": request.param}))
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in job.variables().items():
-            patch.setenv(name, value)
-        assert finish.main(job.plan_file) == 0
-    adapter = FinishReport.model_validate_json((job.run / "termination").read_bytes()).adapter
-    assert adapter is not None
+    adapter = filed(job)
     return job, Parent(
         name=names.model_name("tiny", adapter.digest),
         base_uri="pvc://claim/tiny",

@@ -7,11 +7,11 @@ import math
 from pathlib import Path
 
 import pytest
-from tests.trainer.jobs import PREFERENCE, Gang, Job, make_job, step_lines, train
+from tests.trainer.jobs import PREFERENCE, Gang, Job, filed, make_job, step_lines, train
 
-from tuneward_api.files import FinishReport, Proof
+from tuneward_api.files import Proof
 from tuneward_api.resolved import ResolvedPacking
-from tuneward_trainer import finish, rundir
+from tuneward_trainer import rundir
 from tuneward_trainer.data.documents import TRAINING, Documents
 from tuneward_trainer.schedule import Schedule
 
@@ -128,12 +128,8 @@ def test_accumulated_rows_equal_one_document_a_forward(alone: Job) -> None:
     assert found["reward_margin"] == pytest.approx(expected["reward_margin"], rel=1e-3)
 
 
-def test_it_finishes_in_an_adapter_with_its_proof(alone: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in alone.variables().items():
-        monkeypatch.setenv(name, value)
-    assert finish.main(alone.plan_file) == 0
-    adapter = FinishReport.model_validate_json((alone.run / "termination").read_bytes()).adapter
-    assert adapter is not None
+def test_it_finishes_in_an_adapter_with_its_proof(alone: Job) -> None:
+    adapter = filed(alone)
     folder: Path = alone.store / adapter.sub_path
     proof = Proof.model_validate_json((folder / "proof.json").read_bytes())
     assert all(text.base != pytest.approx(text.tuned, abs=1e-3) for text in proof.texts)
