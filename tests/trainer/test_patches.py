@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,9 +15,13 @@ from peft import PeftModel
 from tests.trainer.families import examine
 from tests.trainer.jobs import make_model, tiny_config
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.gemma4 import modeling_gemma4
+from transformers.models.glm import modeling_glm
+from transformers.models.gpt_neox import modeling_gpt_neox
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3 import modeling_qwen3
 
-from tuneward_trainer import attention, norms, patches, verify
+from tuneward_trainer import attention, norms, patches, rotary, verify
 from tuneward_trainer.batch import collate
 
 WITHOUT_PACKING = [name for name in patches.ALL if name != patches.PACKED_ATTENTION]
@@ -78,7 +83,7 @@ def normed(forward: Callable[[torch.Tensor], torch.Tensor]) -> tuple[torch.Tenso
 
 @pytest.mark.parametrize("lost", [False, True], ids=["invertible", "with a weight of 0"])
 def test_a_norm_keeps_its_result_where_its_input_can_be_had_from_it(lost: bool) -> None:
-    norm = LlamaRMSNorm(32, eps=1e-5).requires_grad_(False)
+    norm = modeling_llama.LlamaRMSNorm(32, eps=1e-5).requires_grad_(False)
     assert norms.fits(norm)
     norm.weight.normal_()
     if lost:
@@ -93,6 +98,66 @@ def test_a_norm_keeps_its_result_where_its_input_can_be_had_from_it(lost: bool) 
 def test_norms_of_another_formula_are_left_alone() -> None:
     assert not norms.fits(GemmaRMSNorm(32))
     assert not norms.fits(torch.nn.LayerNorm(32))
+
+
+# -- rotary embeddings -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["as a Linear gives them", "in one piece"])
+def test_queries_and_keys_are_turned_as_transformers_does(layout: str) -> None:
+    torch.manual_seed(0)
+    query, key = (torch.randn(1, 7, heads, 16, dtype=torch.float64).transpose(1, 2) for heads in (4, 2))
+    if layout == "in one piece":
+        query, key = query.contiguous(), key.contiguous()
+    cos, sin = (torch.randn(1, 7, 16, dtype=torch.float64) for _ in range(2))
+    towards = [torch.randn_like(x) for x in (query, key)]
+
+    def turned(rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+        asked = [x.detach().requires_grad_() for x in (query, key)]
+        found = rotate(*asked, cos, sin)
+        return [*found, *torch.autograd.grad(found, asked, towards)]
+
+    right = turned(modeling_llama.apply_rotary_pos_emb)
+    found = turned(functools.partial(rotary._rotated, modeling_llama.apply_rotary_pos_emb))
+    torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize(
+    ("file", "fits"),
+    [
+        (modeling_llama, True),
+        (modeling_qwen3, True),
+        (modeling_gpt_neox, True),
+        (modeling_glm, False),
+        (modeling_gemma4, False),
+    ],
+)
+def test_a_rotation_is_known_by_what_it_does(file: ModuleType, fits: bool) -> None:
+    assert rotary.turns_halves(file.apply_rotary_pos_emb) is fits
+
+
+def test_a_wrong_rotation_is_dropped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the right one is what the model uses."""
+    right = rotary._rotated
+    monkeypatch.setattr(rotary, "_rotated", lambda original, q, k, cos, sin: right(original, q, k, sin, cos))
+    verdict = examine(transformers.MistralConfig())
+    assert verdict.patches == [name for name in patches.ALL if name != patches.ROTARY]
+    assert "rotary left out: gradients differ by" in verdict.reason
+
+
+def test_a_rotation_of_a_part_or_with_more_arguments_stays_the_models_own() -> None:
+    asked: list[tuple[torch.Tensor, ...]] = []
+
+    def original(*given: torch.Tensor, **named: int) -> str:
+        asked.append(given)
+        return "its own"
+
+    whole, part = torch.randn(1, 2, 3, 8), torch.randn(1, 3, 4)
+    rotate = functools.partial(rotary._rotated, original)
+    assert rotate(whole, whole, part, part) == "its own"
+    assert rotate(whole, whole, whole[0], whole[0], unsqueeze_dim=2) == "its own"
+    assert rotate(whole, whole, whole[0, :1].double(), whole[0, :1].double()) == "its own"
+    assert len(asked) == 3
 
 
 # -- after the block the model is plain again --------------------------------------------------------------------------

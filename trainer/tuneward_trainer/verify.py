@@ -27,7 +27,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from tuneward_api.manifest import write_synced
 from tuneward_api.resolved import ResolvedMethod, ResolvedPacking
-from tuneward_trainer import attention, batch, compiled, mixtures, nf4, norms, patches
+from tuneward_trainer import attention, batch, compiled, loss_head, mixtures, nf4, norms, patches, rotary
 from tuneward_trainer import model as base_model
 from tuneward_trainer.batch import collate, padded
 from tuneward_trainer.losses import cross_entropy
@@ -159,7 +159,7 @@ def _stretched(config: Any, longest: int) -> bool:
 def _digest(config: dict[str, Any], how: dict[str, bool]) -> str:
     """Of all that a verdict depends on."""
     parts = [json.dumps([config, how], sort_keys=True), torch.__version__, transformers.__version__, peft.__version__]
-    modules = (attention, batch, patches, norms, nf4, compiled, mixtures, base_model)
+    modules = (attention, batch, patches, loss_head, norms, rotary, nf4, compiled, mixtures, base_model)
     parts += [Path(str(module.__file__)).read_text() for module in modules]
     parts += [Path(__file__).read_text(), nf4.release() if how["packed"] else ""]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
