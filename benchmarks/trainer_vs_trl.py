@@ -9,19 +9,21 @@ Three contestants train LoRA of rank 16 on every Linear, in float32, on rows of 
     trl-rows  the same with the path forced that it has for CUDA alone: the vocabulary scored at target rows only
     ours      what `tuneward train` runs: patches.applied, Engine.forward_backward, Engine.optim_step
 
-Each round gives each of them the same new documents, in an order that rotates, so that a busy machine slows all alike.
-What is compared is CPU seconds of the whole process a token, of all its threads. In TRL's favour are bf16=False (its
-default is bf16, which a CPU without such units emulates) and rows of one batch entry (its default of 8 would make one
-dense mask over 8,192 tokens). Before anything is timed, all three must give the same loss.
+Each lives in a process of its own, with the environment that it would have: `tuneward train` sets some of torch's
+variables for its ranks. Each round gives each of them the same new documents, one after the other, in an order that rotates,
+so that a busy machine slows all alike. What is compared is CPU seconds of the whole process a token, of all its threads. In
+TRL's favour are bf16=False (its default is bf16, which a CPU without such units emulates) and rows of one batch entry (its
+default of 8 would make one dense mask over 8,192 tokens). Before anything is timed, all three must give the same loss.
 
-Memory is measured apart, each contestant in a process of its own: the highest resident memory while it trains, whole
-and without what was resident before the first step (libraries and weights, which are the same for all).
+Memory is the highest that was resident while a contestant trained a few steps, in a fresh process: whole, and without what
+was resident before the first step (libraries and weights, which are the same for all). The budget is for the latter.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -47,6 +49,7 @@ from tuneward_api.estimate import Data, flops_per_token
 from tuneward_api.shape import Shape
 from tuneward_trainer import packing, patches
 from tuneward_trainer.batch import collate, total_weight
+from tuneward_trainer.launch import BEFORE_TORCH
 from tuneward_trainer.losses import cross_entropy
 from tuneward_trainer.model import load_base
 
@@ -202,6 +205,16 @@ def contestant(name: str, folder: Path) -> Any:
     return ours(folder) if name == "ours" else trl(folder, rows_only=name == "trl-rows")
 
 
+def itself(option: str, name: str, case: Case, folder: Path, tokens: int) -> list[str]:
+    """This script as one contestant."""
+    of = [option, name, "--folder", str(folder), "--length", str(case.length), "--tokens", str(tokens)]
+    return [sys.executable, __file__, *of]
+
+
+def vocabulary(folder: Path) -> int:
+    return Shape.of(json.loads((folder / "config.json").read_text())).vocabulary
+
+
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
@@ -224,41 +237,75 @@ class Speed:
         return statistics.median(self.needed / own / peak for own, peak in zip(self.seconds["ours"], self.peak, strict=True))
 
 
-def measure_speed(case: Case, folder: Path, *, rounds: int, tokens: int) -> Speed:
-    config = json.loads((folder / "config.json").read_text())
-    shape = Shape.of(config)
+Ask = Callable[[int], tuple[float, float]]
+"""Seed of the documents -> mean loss a target, CPU seconds of the step over them."""
+
+
+@contextmanager
+def in_a_process(name: str, case: Case, folder: Path, *, tokens: int, threads: int) -> Iterator[Ask]:
+    environment = BEFORE_TORCH | os.environ if name == "ours" else os.environ
+    command = [*itself("--steps-of", name, case, folder, tokens), "--threads", str(threads)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        asked, told = process.stdin, process.stdout
+
+        def ask(seed: int) -> tuple[float, float]:
+            asked.write(f"{seed}\n")
+            asked.flush()
+            loss, seconds = json.loads(told.readline())
+            return loss, seconds
+
+        yield ask
+
+
+def steps_here(name: str, folder: Path, length: int, tokens: int) -> None:
+    """A line of JSON for each seed on standard input."""
+    case = Case("", length, None, None)
+    size = vocabulary(folder)
+    told = os.fdopen(os.dup(1), "w")
+    # Libraries print what they like.
+    os.dup2(2, 1)
+    with contestant(name, folder) as step:
+        for line in sys.stdin:
+            texts = documents(case, tokens, size, seed=int(line))
+            began = time.process_time()
+            loss = step(texts)
+            told.write(json.dumps([loss, time.process_time() - began]) + "\n")
+            told.flush()
+
+
+def measure_speed(case: Case, folder: Path, *, rounds: int, tokens: int, threads: int) -> Speed:
+    shape = Shape.of(json.loads((folder / "config.json").read_text()))
     with ExitStack() as stack:
-        steps: dict[str, Step] = {name: stack.enter_context(contestant(name, folder)) for name in NAMES}
-        first = documents(case, tokens, shape.vocabulary, seed=0)
-        losses = {name: step(first) for name, step in steps.items()}
+        ask: dict[str, Ask] = {
+            name: stack.enter_context(in_a_process(name, case, folder, tokens=tokens, threads=threads)) for name in NAMES
+        }
+        losses = {name: one(0)[0] for name, one in ask.items()}
         if max(losses.values()) - min(losses.values()) > 1e-4 * losses["ours"]:
             raise SystemExit(f"{case.name}: the losses differ, so different things were trained: {losses}")
         seconds: dict[str, list[float]] = {name: [] for name in NAMES}
-        peak, texts = [], first
-        for number in range(rounds):
-            texts = documents(case, tokens, shape.vocabulary, seed=number + 1)
+        peak, texts = [], list[Text]()
+        for seed in range(1, rounds + 1):
+            texts = documents(case, tokens, shape.vocabulary, seed)
             count = sum(len(text.ids) for text in texts)
-            order = NAMES[number % 3 :] + NAMES[: number % 3]
-            for name in order:
-                seconds[name].append(cpu_seconds(lambda step=steps[name], texts=texts: step(texts)) / count)  # type: ignore[misc]
+            first = seed % len(NAMES)
+            for name in NAMES[first:] + NAMES[:first]:
+                seconds[name].append(ask[name](seed)[1] / count)
             peak.append(matmul_peak())
     lengths = np.asarray([len(text.ids) for text in texts], float)
     data = Data(learnt=LEARNT, length=float((lengths**2).sum() / lengths.sum()))
     return Speed(seconds, peak, flops_per_token(shape, data, RANK))
 
 
-def cpu_seconds(work: Callable[[], object]) -> float:
-    began = time.process_time()
-    work()
-    return time.process_time() - began
-
-
 def matmul_peak() -> float:
     """Of float32 [1024, 1536] x [1536, 1536]: the kind of product that a layer is made of."""
     a, b = torch.randn(ROW, 1536), torch.randn(1536, 1536)
     times = 20
-    spent = cpu_seconds(lambda: [a @ b for _ in range(times)])
-    return times * 2 * ROW * 1536 * 1536 / spent
+    began = time.process_time()
+    for _ in range(times):
+        a @ b
+    return times * 2 * ROW * 1536 * 1536 / (time.process_time() - began)
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -266,21 +313,22 @@ def matmul_peak() -> float:
 
 def measure_memory(case: Case, name: str, folder: Path, *, tokens: int) -> dict[str, float]:
     """{"peak", "training"} in MB, by a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", name, "--folder", str(folder), "--length", str(case.length)]
-    done = subprocess.run([*command, "--tokens", str(tokens)], check=True, capture_output=True, text=True)
+    environment = BEFORE_TORCH | os.environ if name == "ours" else os.environ
+    command = itself("--memory-of", name, case, folder, tokens)
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def memory_here(name: str, folder: Path, length: int, tokens: int) -> dict[str, float]:
     case = Case("", length, None, None)
-    vocabulary = Shape.of(json.loads((folder / "config.json").read_text())).vocabulary
+    size = vocabulary(folder)
     with contestant(name, folder) as step:
         # 5 resets the peak (Linux, proc(5)).
         Path("/proc/self/clear_refs").write_text("5")
         before = resident("VmRSS")
         for seed in range(3):
-            step(documents(case, tokens, vocabulary, seed))
+            step(documents(case, tokens, size, seed))
         peak = resident("VmHWM")
     return {"peak": peak, "training": peak - before}
 
@@ -329,6 +377,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a step")
     parser.add_argument("--threads", type=int, default=1, help="of each contestant; waiting threads burn CPU seconds")
     parser.add_argument("--case", type=int, action="append", help=f"only these of 0 to {len(CASES) - 1}")
+    parser.add_argument("--steps-of", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--memory-of", choices=NAMES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--length", type=int, help=argparse.SUPPRESS)
@@ -336,6 +385,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     disable_progress_bar()
     torch.set_num_threads(options.threads)
+    if options.steps_of:
+        steps_here(options.steps_of, options.folder, options.length, options.tokens)
+        return 0
     if options.memory_of:
         print(json.dumps(memory_here(options.memory_of, options.folder, options.length, options.tokens)))
         return 0
@@ -345,7 +397,7 @@ def main() -> int:
         for index in [0] if options.quick else options.case or range(len(CASES)):
             case = CASES[index]
             folder = model_folder(case, Path(scratch))
-            speed = measure_speed(case, folder, rounds=rounds, tokens=tokens)
+            speed = measure_speed(case, folder, rounds=rounds, tokens=tokens, threads=options.threads)
             memory = {name: measure_memory(case, name, folder, tokens=tokens) for name in NAMES}
             missed += report(case, speed, memory)
     print("\n" + ("every budget is met" if not missed else "missed:\n  " + "\n  ".join(missed)))
