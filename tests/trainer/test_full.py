@@ -14,11 +14,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from tests.trainer.jobs import Gang, Job, make_job, step_lines, tiny_config, train
+from tests.trainer.jobs import Gang, Job, filed, make_job, step_lines, tiny_config, train
 from tests.trainer.test_checkpoint import FACTS, full_disk, newest_step, snapshot
 from tests.trainer.test_evaluation import HELD_OUT, TALK, generations, talks
 from tests.trainer.test_exactness import spin
-from tests.trainer.test_finish import run as finish
 from tests.trainer.test_memory import LENGTHS, MISTRAL_7B, batch_of, config_of, data_of, saved
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -145,11 +144,8 @@ def test_the_export_is_a_model_of_its_own(alone: Job) -> None:
         assert text.tuned != CLOSE(text.base, abs=1e-2)
 
 
-def test_finish_files_it_as_a_base_model(alone: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    code, report = finish(alone, monkeypatch)
-    assert (code, report.outcome) == (0, "Done")
-    made = report.adapter
-    assert made is not None
+def test_finish_files_it_as_a_base_model(alone: Job) -> None:
+    made = filed(alone)
     assert made.whole
     assert (made.rank, made.target_modules) == (None, None)
     assert made.folder == f"tuned/sha256-{made.digest.removeprefix('sha256:')}/model"
