@@ -45,6 +45,7 @@ def test_operations(count: float, text: str) -> None:
         (Seen(0, 25), "step 0/25"),
         (Seen(3, 25, 1.2345, 311.6, 71), "step 3/25, loss 1.234, 312 tokens/s, 1m11s to go"),
         (Seen(3, 25, 1.2345, 311.6, 71, 2_040_109_466), "step 3/25, loss 1.234, 312 tokens/s, 1.9 GiB, 1m11s to go"),
+        (Seen(3, 25, 1.2345, 14_500, mfu=0.4213), "step 3/25, loss 1.234, 14,500 tokens/s, 42% MFU"),
         (Seen(25, 25, 0.05, 300.0, 0), "step 25/25, loss 0.050, 300 tokens/s"),
         (Seen(3, 25, 0.6, reward_accuracy=0.875), "step 3/25, loss 0.600, 88% of the pairs right"),
     ],

@@ -327,9 +327,11 @@ def test_the_model_is_named_by_its_digest_and_fits_its_own_schema() -> None:
     report = finished().report
     assert isinstance(report, FinishReport)
     assert report.adapter is not None
-    body = build.finetuned_model(of, plan(of), report.adapter)
+    adapter = report.adapter
+    body = build.finetuned_model(of, plan(of), adapter)
     assert body["metadata"]["name"] == "support-abababab"
     assert body["metadata"]["labels"]["tuneward.dev/server"] == "assistant"
+    assert body["spec"]["source"] == {"job": of.name, "uid": of.uid, "attempt": adapter.attempt, "step": adapter.step}
     FineTunedModelSpec.model_validate(body["spec"])
 
 

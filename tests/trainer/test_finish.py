@@ -36,11 +36,13 @@ def ended(job: Job, **changes: Any) -> Result:
 
 def test_the_adapter_is_filed_under_its_digest(tmp_path: Path) -> None:
     job = make_job(tmp_path, spec={"register": {"suffix": "lamp"}})
-    result = ended(job)
+    # The last steps were no better.
+    result = ended(job, step=9)
     code, report = reported(job)
     assert (code, report.outcome, report.reason) == (0, "Done", Reason.SUCCEEDED)
     adapter = report.adapter
     assert adapter is not None
+    assert (adapter.attempt, adapter.step) == (1, 9)
     assert result.adapter_digest == adapter.digest == manifest.verify(tmp_path / adapter.sub_path)
     assert adapter.sub_path == f"adapters/sha256-{adapter.digest.removeprefix('sha256:')}"
     # The training's date, not today's.

@@ -48,6 +48,34 @@ def test_a_patch_that_raises_is_dropped_and_named(monkeypatch: pytest.MonkeyPatc
     assert "lora-linear left out: RuntimeError: no such kernel" in verdict.reason
 
 
+class Novel(transformers.LlamaForCausalLM):
+    """No small one can be made."""
+
+    def __init__(self, config: transformers.LlamaConfig) -> None:
+        if config.hidden_size < 1024:
+            raise ValueError("hidden_size must be at least 1024")
+        super().__init__(config)
+
+
+def test_an_architecture_that_cannot_be_shrunk_is_trained_without_a_patch() -> None:
+    verdict = verify._examine(Novel, transformers.LlamaConfig())
+    assert (verdict.mode, verdict.patches) == ("OneDocument", [])
+    assert verdict.reason == "no small twin of the model could be made: ValueError: hidden_size must be at least 1024"
+
+
+def test_the_log_of_every_job_names_what_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where another job has asked before."""
+    folder = make_model(tmp_path / "model")
+    monkeypatch.setattr(patches._LoraLinear, "apply", None)
+    for _ in range(2):
+        caplog.clear()
+        verdict = verify.verify(folder, tmp_path / "verify")
+        (said,) = [record.getMessage() for record in caplog.records if record.name == verify.__name__]
+        assert said == f"not used on this model: lora-linear; {verdict.reason}"
+
+
 def test_the_verdict_is_kept_and_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_model(tmp_path / "model")
     first = verify.verify(folder, tmp_path / "verify")

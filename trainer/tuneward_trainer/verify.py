@@ -136,16 +136,29 @@ def verify(
     how = {"whole": whole, "packed": packed, "compiling": compiling, "stretched": _stretched(config, longest)}
     file = folder / f"{_digest(config, how)}.json"
     try:
-        return ResolvedPacking.model_validate_json(file.read_bytes())
+        verdict = ResolvedPacking.model_validate_json(file.read_bytes())
     except (OSError, ValueError):
         full = AutoConfig.from_pretrained(model_dir, local_files_only=True)
         verdict = _examine(model_class(config), full, **how)
+        _keep(file, verdict)
+    # Of one that was kept too: a log is of one job.
+    if left_out := [name for name in _candidates(whole, compiling) if name not in verdict.patches]:
+        logger.warning("not used on this model: %s; %s", ", ".join(left_out), verdict.reason)
+    return verdict
+
+
+def _keep(file: Path, verdict: ResolvedPacking) -> None:
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_synced(file, json.dumps(verdict.to_json()).encode())
     except OSError as error:
         logger.info("the verdict on packing is not kept: %s", error)
-    return verdict
+
+
+def _candidates(whole: bool, compiling: bool) -> tuple[str, ...]:
+    """The patches that a model may bear."""
+    names = patches.OF_WHOLE_MODELS if whole else patches.ALL
+    return (*names, patches.COMPILED) if compiling else names
 
 
 def _stretched(config: Any, longest: int) -> bool:
@@ -192,14 +205,12 @@ def _examine(
         )
     agreed: list[str] = []
     why: dict[str, str] = {}
-    candidates = patches.OF_WHOLE_MODELS if whole else patches.ALL
-    for name in (*candidates, patches.COMPILED) if compiling else candidates:
+    for name in _candidates(whole, compiling):
         complaint = disagreement(model, (*agreed, name), reference)
         if complaint is None:
             agreed.append(name)
         else:
             why[name] = complaint
-            logger.warning("the patch %s is not used: %s", name, complaint)
     if compiling:
         compiled.forget()
     if not agreed and (complaint := disagreement(model, (), reference)) is not None:
