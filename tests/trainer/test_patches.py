@@ -120,7 +120,8 @@ def test_a_norm_keeps_its_result_where_its_input_can_be_had_from_it(lost: bool) 
     found, patched, kept = normed(functools.partial(norms.forward, norm, norms.invertible(norm)))
     assert kept is not lost
     torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(patched, gradient, rtol=1e-5, atol=1e-6)
+    # By what is largest in a row: the others are differences of numbers of that size.
+    assert float(((patched - gradient).abs() / gradient.abs().amax(-1, keepdim=True)).max()) < 2e-6
 
 
 def test_norms_of_another_formula_are_left_alone() -> None:
