@@ -100,7 +100,8 @@ def test_a_terminal_shows_the_curve_of_a_job_begun_anew(station: Station) -> Non
     station.run.mkdir(parents=True)
     (station.run / "request.json").write_text("of another version")
     station.write(hyperparameters={"steps": 12, "batchTokens": 256}, datasets={**TRAINING, "validationFraction": 0.2})
-    code, shown = station.on_a_terminal("train", "job.yaml", "--store", str(station.store), "--restart")
+    asked = ("train", "job.yaml", "--store", str(station.store), "--restart", "--profile", "2-3")
+    code, shown = station.on_a_terminal(*asked)
     assert code == 0, shown
     assert json.loads((station.run / "attempts/1/start.json").read_text())["fromStep"] == 0
     assert (station.run / "loss.svg").read_text().startswith("<svg ")
@@ -110,3 +111,6 @@ def test_a_terminal_shows_the_curve_of_a_job_begun_anew(station: Station) -> Non
     # Speed and memory are those of the last look, which so short a training may escape.
     assert re.search(r"step 12/12, loss [\d.]+(, [\d,]+ tokens/s)?(, [\d.]+ GiB)?\s", shown), shown
     assert f"  loss curve: {station.run / 'loss.svg'}" in shown
+    trace = station.run / "attempts/1/trace-2-3.json.gz"
+    assert trace.is_file()
+    assert f"  trace, for ui.perfetto.dev: {trace}" in shown
