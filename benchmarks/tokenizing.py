@@ -28,6 +28,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -61,7 +62,7 @@ def compare(folder: Path, of: str, megabytes: int, rounds: int) -> None:
     measurements = []
     for number in range(1, rounds + 1):
         alone = measured(lambda: tokenizers(tokenizer, texts))
-        ours = measured(lambda number=number: prepared(folder / str(number), file, tokenizer))
+        ours = measured(partial(prepared, folder / str(number), file, tokenizer))
         measurements.append((alone, ours))
         print(f"round {number}: tokenizers {alone}; ours {ours}", flush=True)
     for name, speed in (("share", Measured.by_wall), ("by CPU", Measured.by_cpu)):

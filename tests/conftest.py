@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((n for n, start in enumerate(FIRST) if item.nodeid.startswith(start)), len(FIRST)))
 
 
-class ByCluster(LoadScopeScheduling):
+class ByCluster(LoadScopeScheduling):  # type: ignore[misc]
     """Where several processes test, what uses one cluster stays in one of them, and otherwise what is in one file.
 
     (xdist's own marks for that, `--dist loadgroup`, group nothing under pytest 9.2: pytest-xdist issue 1386.)
@@ -51,13 +51,15 @@ class ByCluster(LoadScopeScheduling):
 
     def remove_node(self, node: Any) -> str | None:
         """A test whose process ended has failed; xdist would begin it again and again."""
-        for tests in self.assigned_work[node].values():
+        assigned: dict[str, dict[str, bool]] = self.assigned_work[node]
+        for tests in assigned.values():
             for test, done in tests.items():
                 if not done:
                     tests[test] = True
                     super().remove_node(node)
                     return test
-        return super().remove_node(node)
+        unfinished: str | None = super().remove_node(node)
+        return unfinished
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from openai.types.chat import ChatCompletionUserMessageParam
 from tests.serving.conftest import KEY
 from tests.serving.processes import Engine
 from tests.serving.tiny import TEXTS, Reference
@@ -82,7 +83,7 @@ def test_texts_of_different_adapters_share_a_batch_and_stay_apart(
 
 
 def test_chat_streams_the_same_text_that_it_gives_whole(engine: Engine) -> None:
-    messages = [{"role": "user", "content": "Grüezi"}]
+    messages = [ChatCompletionUserMessageParam(role="user", content="Grüezi")]
     whole = engine.client.chat.completions.create(
         model=BASE, messages=messages, temperature=0, max_completion_tokens=15, logprobs=True, top_logprobs=2
     )

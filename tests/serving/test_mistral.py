@@ -49,7 +49,8 @@ def engine(tekken: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[E
 
 def asked(file: Path) -> list[int]:
     """mistral-common's own encoding."""
-    request = ChatCompletionRequest(messages=[SystemMessage(content="Be brief."), UserMessage(content=TALK[1]["content"])])
+    talk: list[SystemMessage | UserMessage] = [SystemMessage(content="Be brief."), UserMessage(content=TALK[1]["content"])]
+    request: ChatCompletionRequest[SystemMessage | UserMessage] = ChatCompletionRequest(messages=talk)
     found: list[int] = MistralTokenizer.from_file(str(file)).encode_chat_completion(request).tokens
     return found
 

@@ -52,6 +52,7 @@ def test_the_newest_complete_one_of_any_attempt_is_taken(tmp_path: Path) -> None
     assert found is not None
     assert (found.step, found.resume, found.notes) == (9, "exact", {"validation_loss_before": 2.0})
     assert found.watch == {"sound": [9.0], "suspects": []}
+    assert isinstance(found.state, dict)
     assert torch.equal(found.state["w"], torch.full((3,), 9.0))
     assert found.saved.directory == "checkpoints/step-00000009.a1"
 
@@ -96,9 +97,9 @@ def test_deterministic_kernels_are_asked_for_before_anything_runs(monkeypatch: p
     try:
         be_deterministic()
         assert torch.are_deterministic_algorithms_enabled()
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
-        assert not torch.utils.deterministic.fill_uninitialized_memory
+        assert not torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
@@ -237,7 +238,7 @@ def test_the_best_state_that_is_saved_already_is_not_written_over(tmp_path: Path
 
 def test_a_half_removed_one_never_looks_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write(tmp_path, 3)
-    monkeypatch.setattr(checkpoint.shutil, "rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
     checkpoint.remove(folder)
     assert json.loads((folder / "state.json").read_text())
     assert newest_step(tmp_path) is None

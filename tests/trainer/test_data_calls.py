@@ -174,7 +174,7 @@ RICH: dict[str, Any] = {
     "limits": {"low": -1.5, "tags": ["a b", "c\nd"], "exact": True},
     "unit": None,
 }
-LOSE: dict[str, tuple[str, ...]] = {}
+LOSE: dict[str, str] = {}
 """Templates that render a plain call whole and drop something of this one."""
 
 

@@ -118,7 +118,7 @@ def test_a_pair_that_cannot_be_learnt_from(value: dict[str, Any], expected: str)
 
 def test_answers_that_a_template_makes_equal_or_cuts_up_are_refused(tokenizer: Any) -> None:
     trims = APPENDS.replace("m['content']", "m['content'].strip()")
-    for template, value, expected in [
+    cases: list[tuple[str, dict[str, Any], str]] = [
         (trims, {"prompt": "a", "chosen": "b", "rejected": "b "}, "rejected gives the same tokens as chosen"),
         (
             STRIPS_REASONING,
@@ -129,7 +129,8 @@ def test_answers_that_a_template_makes_equal_or_cuts_up_are_refused(tokenizer: A
             },
             "chosen has several turns of assistant, and the chat template changes earlier ones; allowed: answers of one turn",
         ),
-    ]:
+    ]
+    for template, value, expected in cases:
         sample = read(value)
         found = Encoder(templated(tokenizer, template), "Assistant").encode(list(pairs.sides(sample)))
         with pytest.raises(SampleError) as caught:

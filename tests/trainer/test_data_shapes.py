@@ -61,7 +61,7 @@ def test_the_quick_way_gives_what_the_long_way_gives(plain: Any, name: str, monk
 
 def test_a_row_of_roles_is_rendered_and_its_conversations_are_not(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rendered: list[int] = []
-    real = encode.quick_template
+    real = templates.quick_template
 
     def counted(tokenizer: Any) -> shapes.Quick:
         render = real(tokenizer)

@@ -60,7 +60,7 @@ def impatient(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 def losses(job: Job) -> dict[int, float]:
     """Step -> validation loss, over all attempts."""
-    found = {}
+    found: dict[int, float] = {}
     for number in rundir.attempt_numbers(job.run):
         lines = (rundir.attempt_directory(job.run, number) / "metrics.jsonl").read_text().splitlines()
         found |= {line["step"]: line["validation_loss"] for line in map(json.loads, lines) if "validation_loss" in line}

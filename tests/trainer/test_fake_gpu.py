@@ -106,11 +106,13 @@ def kernel(
     assert v.shape[-1] == q.shape[-1]
     parts = []
     for start, stop in pairwise(cu.tolist()):
-        one = [tensor[start:stop].transpose(0, 1) for tensor in (q, k, v)]
+        asked, keys, values = (tensor[start:stop].transpose(0, 1) for tensor in (q, k, v))
         gap = torch.arange(stop - start)[:, None] - torch.arange(stop - start)
         left, right = (size if size >= 0 else stop for size in window_size)
         seen = (gap <= left) & (gap >= -right)
-        out = nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
+        out = nn.functional.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=seen, scale=scale, enable_gqa=enable_gqa
+        )
         parts.append(out.transpose(0, 1))
     return torch.cat(parts)
 
@@ -123,7 +125,11 @@ def test_the_kernel_of_gpus_is_asked_for_what_a_cpu_computes(
     """Grouped queries, and values narrower than keys, by the keywords of the first torch that has them and of later ones."""
     torch.manual_seed(0)
     q, k, v = torch.randn(1, 4, 32, 16), torch.randn(1, 2, 32, 16), torch.randn(1, 2, 32, 12)
-    named = {"cu_seq_lens_q": torch.tensor([0, 20, 32], dtype=torch.int32), "max_length_q": 48, "scaling": 0.3}
+    named: dict[str, Any] = {
+        "cu_seq_lens_q": torch.tensor([0, 20, 32], dtype=torch.int32),
+        "max_length_q": 48,
+        "scaling": 0.3,
+    }
     attend = partial(attention.packed_attention, nn.Module(), q, k, v, None, sliding_window=window, **named)
     expected, _ = attend()
     monkeypatch.setattr(attention, "on_gpu", lambda tensor: True)

@@ -64,7 +64,8 @@ def folder(job: Job) -> Path:
 
 
 def weights(job: Job) -> dict[str, torch.Tensor]:
-    return load_file(folder(job) / "model/model.safetensors")
+    found: dict[str, torch.Tensor] = load_file(folder(job) / "model/model.safetensors")
+    return found
 
 
 def losses(job: Job) -> list[float]:
@@ -107,7 +108,7 @@ def test_one_rank_is_a_plain_loop(alone: Job) -> None:
 
 def plain_loss(model: torch.nn.Module, document: Any) -> torch.Tensor:
     ids = torch.from_numpy(document.ids.astype(np.int64))
-    scores = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
+    scores: torch.Tensor = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
     return -(scores.gather(-1, ids[1:, None])[:, 0] * torch.from_numpy(document.weights[1:].astype(np.float32))).sum()
 
 

@@ -42,7 +42,7 @@ SIZES = {
     "bos_token_id": 2,
 }
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 64}
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "Mistral": {"head_dim": 32, "sliding_window": None},
     "Llama": {},
     "Qwen2": {"tie_word_embeddings": True},
@@ -128,7 +128,7 @@ def saved(model: PeftModel, batch: Batch, **options: Any) -> int:
         with counted(model, batch) as found:
             loss = cross_entropy(forward(batch), batch)
             total = sum(found.values())
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
     return total
 
 

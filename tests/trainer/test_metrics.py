@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.trainer.runs import RETRAINED, attempt
 
-from tuneward_trainer import events, metrics
+from tuneward_trainer import metrics
 from tuneward_trainer.events import crc32c, record
 from tuneward_trainer.metrics import MetricsLog, history, tags
 
@@ -61,7 +61,7 @@ def test_a_checksum_is_castagnolis() -> None:
 
 
 def test_an_event_is_a_record_that_tensorboard_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(events.time, "time", lambda: 0.0)
+    monkeypatch.setattr("time.time", lambda: 0.0)
     attempt(tmp_path, 12, 300, [])
     log = MetricsLog(tmp_path, 12, 300)
     log.write(step=301, train_loss=1.5)

@@ -81,7 +81,7 @@ def test_a_collective_gives_up_before_the_operator_does(tmp_path: Path, hang: in
 
 
 def test_what_a_profile_says_goes_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.os, "environ", environment := {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
+    monkeypatch.setattr("os.environ", environment := {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
     launch.prepare_environment(launch.Shape(2, 0, 8, gpus=True), {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "X": "1"})
     assert (environment["TORCH_NCCL_DUMP_ON_TIMEOUT"], environment["X"]) == ("0", "1")
 

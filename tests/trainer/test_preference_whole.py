@@ -13,6 +13,7 @@ from tests.trainer.jobs import PREFERENCE, Gang, Job, make_job, step_lines, trai
 from tests.trainer.test_full import FULL, PACKED, losses, weights
 from tests.trainer.test_preference import ALONE, BETA, relative, trl_trainer
 from tests.trainer.test_preference_job import references
+from torch.distributed.tensor import DTensor
 from transformers import LlamaForCausalLM
 
 from tuneward_api import manifest
@@ -62,6 +63,7 @@ def test_loss_and_gradients_are_those_of_trl(alone: Job, tmp_path: Path) -> None
         with torch.no_grad():
             for seed, (name, parameter) in enumerate(trainable(model).items()):
                 moved = torch.randn(theirs[name].shape, generator=torch.Generator().manual_seed(seed)) * 0.02
+                assert isinstance(parameter, DTensor)
                 parameter.to_local().add_(moved)
                 theirs[name].add_(moved)
         found = engine.forward_backward(forward, batch.scaled(1 / 4), Preference(BETA, start))
@@ -69,6 +71,7 @@ def test_loss_and_gradients_are_those_of_trl(alone: Job, tmp_path: Path) -> None
     torch.autograd.backward(loss)
     assert float(found.loss) == pytest.approx(float(loss), rel=1e-5) != pytest.approx(math.log(2), rel=1e-3)
     for name, parameter in trainable(model).items():
+        assert isinstance(parameter.grad, DTensor)
         assert relative(parameter.grad.to_local(), theirs[name].grad) < 1e-4, name
 
 

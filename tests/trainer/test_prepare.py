@@ -176,7 +176,7 @@ def test_a_model_that_no_patch_check_can_load_is_refused(room: Room, monkeypatch
     )
 
 
-Change = Callable[[dict[str, Any], Path], None]
+Change = Callable[[dict[str, Any], Path], object]
 
 
 def spec(path: str, value: Any) -> Change:

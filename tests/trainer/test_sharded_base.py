@@ -19,8 +19,9 @@ from tests.trainer.quantised import to_fp8
 from tests.trainer.test_memory import batch_of, config_of, data_of, peak, setup_of
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from tuneward_api.estimate import Shape, memory
+from tuneward_api.estimate import memory
 from tuneward_api.resolved import ResolvedMethod
+from tuneward_api.shape import Shape
 from tuneward_trainer import distributed, nf4, patches, sharded, verify
 from tuneward_trainer.batch import collate
 from tuneward_trainer.engine import Engine
@@ -70,7 +71,8 @@ def _rank(rank: int, port: int, file: Path) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo"
     )
-    gang, found = distributed.join(), {}
+    gang = distributed.join()
+    found: dict[str, str | int] = {}
     (file.parent / str(rank)).mkdir()
     for kind in BASES:
         model = adapted(kind)

@@ -11,7 +11,7 @@ import torch
 from tests.trainer.jobs import Job, await_, make_job
 from tests.trainer.sessions import losses
 
-from tuneward_trainer import patches
+from tuneward_trainer import attention, patches
 from tuneward_trainer.data.documents import TRAINING
 from tuneward_trainer.endings import DivergedError
 from tuneward_trainer.feed import AHEAD, Feed, MicroBatch, Outline, outlined
@@ -85,7 +85,7 @@ WAITS = ("item", "tolist", "cpu", "numpy", "__float__", "__int__", "__bool__", "
 
 
 @pytest.fixture
-def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of all that are called, as they come, and `to cpu`."""
     seen: list[str] = []
 
@@ -114,7 +114,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 @pytest.fixture
 def attention_unseen(waits: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's attention in packed rows asks for their lengths; a GPU's does not (test_fake_gpu.py)."""
-    real = patches.packed_attention
+    real = attention.packed_attention
 
     def attend(*arguments: Any, **named: Any) -> Any:
         before = len(waits)

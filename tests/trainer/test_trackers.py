@@ -31,7 +31,7 @@ def track(job: Job, name: str, **variables: str) -> list[dict[str, Any]]:
         status = job.run / "status"
         status.mkdir(exist_ok=True)
         (status / "rank-0.json").write_text(json.dumps({"attempt": number}))
-        command = [PYTHON, "-m", "tuneward_trainer.trackers", name, job.plan_file, status, job.run]
+        command: list[str | Path] = [PYTHON, "-m", "tuneward_trainer.trackers", name, job.plan_file, status, job.run]
         environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith("HF_")},
             "PYTHONPATH": f"{ROOT}/api:{ROOT}/trainer",
