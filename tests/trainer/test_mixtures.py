@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,7 @@ from tuneward_serving.agent.proof import judge
 from tuneward_serving.agent.weights import read_model_header
 from tuneward_serving.engine.generation import BASE
 from tuneward_serving.engine.runner import Runner
-from tuneward_trainer import defaults, parent, patches, verify
+from tuneward_trainer import defaults, parent, patches, prepare, verify
 from tuneward_trainer.facts import Facts
 from tuneward_trainer.model import (
     adapted_share,
@@ -184,7 +185,7 @@ def test_what_no_adapter_can_be_on_is_refused_with_what_is_allowed(family: str, 
     assert caught.value.message == f"spec.method.targetModules holds {name!r}; allowed for this model: {allowed}"
 
 
-def test_the_share_of_the_weights_that_a_token_passes_through_is_known() -> None:
+def test_the_share_of_the_weights_that_a_token_passes_through_is_known(caplog: pytest.LogCaptureFixture) -> None:
     """Mixtral 8x7B: two of eight experts see a token; its attention is a tenth of what does."""
     attention, experts = 4096 * (2 * 4096 + 2 * 1024), 2 * 3 * 4096 * 14336 + 8 * 4096
     mixtral = facts_of(transformers.MixtralConfig(num_hidden_layers=2)).empty
@@ -195,7 +196,11 @@ def test_the_share_of_the_weights_that_a_token_passes_through_is_known() -> None
     adapted = sum(layer.weight.numel() for layer in linears(glm).values())
     assert adapted > 3 * hidden * config.intermediate_size + expert
     assert adapted_share(glm, target_linears(glm)) == pytest.approx(adapted / (adapted + 8 * expert + 128 * hidden))
-    assert adapted_share(facts_of(transformers.LlamaConfig(num_hidden_layers=1)).empty, ["q_proj"]) is None
+    with caplog.at_level(logging.INFO):
+        prepare.say_share(facts_of(transformers.MixtralConfig(num_hidden_layers=2)), target_linears(mixtral))
+        prepare.say_share(facts_of(transformers.LlamaConfig(num_hidden_layers=1)), ["q_proj"])
+    said = "adapters are on 10.6% of the weights that a token passes through; routed experts have none"
+    assert [record.getMessage() for record in caplog.records if record.name == prepare.__name__] == [said]
 
 
 def test_rows_of_different_adapters_are_served_together(tmp_path: Path) -> None:
