@@ -83,7 +83,7 @@ def test_what_is_broken_comes_behind_all_that_stands_before() -> None:
     lengths = []
     with crew(WORKER, 2) as workers, pytest.raises(SampleError, match="is cut"):
         for _, done in workers.work(broken()):
-            lengths.append([len(document) for _, documents, _ in done.good for document in documents])
+            lengths.append([len(document) for good in done.good for document in good.documents])
     assert lengths == [[4]] * 9
 
 

@@ -6,6 +6,7 @@ every default. Run again it finds all of that done, and reports the same.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ from tuneward_api.uris import parse_uri
 from tuneward_trainer import defaults, grade, memory, models
 from tuneward_trainer.data.build import ERRORS, DataError, build
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents
+from tuneward_trainer.data.earlier import Earlier
 from tuneward_trainer.data.gathered import Summary
 from tuneward_trainer.data.journal import JOURNAL
 from tuneward_trainer.data.samples import Limits, Source
@@ -42,8 +44,12 @@ from tuneward_trainer.tokenizer import Tokenizer, load_tokenizer
 log = logging.getLogger(__name__)
 
 FOLDER: Final = "prepare"
-_CACHE_VERSION: Final = 4
+_CACHE_VERSION: Final = 5
 """Raised when the same bytes would give other tokens or masks, or the cache holds other files."""
+_ENCODING: Final = "encoding"
+"""File of a cache: the key of what its samples were made with."""
+_LOOKED_INTO: Final = 4
+"""Earlier caches: a data set grows from one to the next."""
 
 
 def main(request_file: Path) -> int:
@@ -306,7 +312,10 @@ def _fill(
 ) -> None:
     encoder = inputs.tokenizer.encoder(datasets.loss_on or "Assistant")
     try:
-        build(target, training=training, validation=validation, encoder=encoder, limits=inputs.limits)
+        encoding = encoding_key(datasets, inputs)
+        earlier = earlier_caches(target.parent, encoding)
+        build(target, training=training, validation=validation, encoder=encoder, limits=inputs.limits, earlier=earlier)
+        (target / _ENCODING).write_text(encoding + "\n")
     except DataError as error:
         shutil.rmtree(target, ignore_errors=True)
         raise data_bad(error, folder / ERRORS) from error
@@ -346,22 +355,35 @@ def _hint(root: Path, scheme: str) -> str:
 
 
 def cache_key(training: Sequence[Source], validation: Sequence[Source], datasets: Datasets, inputs: Inputs) -> str:
-    """sha256 over everything that the tokens and masks depend on."""
+    """sha256 over everything that the cache depends on."""
     parts = {
-        "version": _CACHE_VERSION,
-        "tokenizer": {
-            name: manifest.hash_file(inputs.model / name)
-            for name in inputs.tokenizer.files
-            if (inputs.model / name).is_file()
-        },
-        "stops": stop_ids(inputs.model),
-        "lossOn": datasets.loss_on or "Assistant",
+        "encoding": encoding_key(datasets, inputs),
         # What the model was made for shapes a sentence alone.
         "limits": {name: value for name, value in asdict(inputs.limits).items() if name != "most"},
         "training": [_identity(source) for source in training],
         "validation": [_identity(source) for source in validation],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def encoding_key(datasets: Datasets, inputs: Inputs) -> str:
+    """sha256 over everything that tokens and mask of a sample depend on, but the sample and how long it may be."""
+    files = {
+        name: manifest.hash_file(inputs.model / name) for name in inputs.tokenizer.files if (inputs.model / name).is_file()
+    }
+    parts = [_CACHE_VERSION, files, stop_ids(inputs.model), datasets.loss_on or "Assistant"]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def earlier_caches(data: Path, encoding: str) -> Earlier:
+    """The newest complete ones with that encoding in the store's folder of caches."""
+    same = []
+    for file in data.glob(f"sha256-*/{_ENCODING}"):
+        with contextlib.suppress(OSError):  # somebody may tidy up
+            if manifest.complete(file.parent) and file.read_text().strip() == encoding:
+                same.append((file.stat().st_mtime, file.parent))
+    newest = sorted(same, reverse=True)[:_LOOKED_INTO]
+    return Earlier([folder / part for _, folder in newest for part in (TRAINING, VALIDATION)])
 
 
 def _identity(source: Source) -> list[Any]:

@@ -18,6 +18,7 @@ import numpy as np
 from tuneward_trainer.data import journal
 from tuneward_trainer.data.crew import WORTH, Crew, crew
 from tuneward_trainer.data.documents import TRAINING, VALIDATION, Documents, DocumentWriter, keep
+from tuneward_trainer.data.earlier import Earlier, let_find
 from tuneward_trainer.data.encode import SampleEncoder
 from tuneward_trainer.data.files import ENDINGS
 from tuneward_trainer.data.gathered import SUMMARY, Gathered, Part, SourceCounts, Summary
@@ -47,15 +48,24 @@ class DataError(Exception):
 
 
 def build(
-    folder: Path, *, training: Sequence[Source], validation: Sequence[Source], encoder: SampleEncoder, limits: Limits
+    folder: Path,
+    *,
+    training: Sequence[Source],
+    validation: Sequence[Source],
+    encoder: SampleEncoder,
+    limits: Limits,
+    earlier: Earlier | None = None,
 ) -> Summary:
-    """Writes both parts and summary.json below `folder`, and errors.txt where invalid samples were left out.
+    """Writes both parts and summary.json below `folder`, and errors.txt where invalid samples were left out. What `earlier`
+    caches of the same encoder hold is copied.
 
     Raises DataError with the problems of all files.
     """
-    found = gather(folder, training=training, validation=validation, encoder=encoder, limits=limits)
+    found = gather(folder, training=training, validation=validation, encoder=encoder, limits=limits, earlier=earlier)
     if found.refused:
         raise DataError(found.problems)
+    for part in (TRAINING, VALIDATION):
+        let_find(folder / part)
     if found.problems.count:
         (folder / ERRORS).write_text("".join(f"{line}\n" for line in found.problems.lines()))
     (folder / SUMMARY).write_text(json.dumps(asdict(found.summary), indent=1) + "\n")
@@ -70,11 +80,12 @@ def gather(
     encoder: SampleEncoder,
     limits: Limits,
     keep_tokens: bool = True,
+    earlier: Earlier | None = None,
 ) -> Gathered:
     """Writes both parts of the good samples below `folder`, whatever is wrong with others."""
     found = Gathered(skip_percentage=limits.invalid)
     reached = journal.load(folder, found) if keep_tokens else None
-    with crew(Worker(encoder, limits), _processes([*training, *validation])) as workers:
+    with crew(Worker(encoder, limits, earlier), _processes([*training, *validation])) as workers:
         reader = _Reader(folder, workers, found, keep_tokens=keep_tokens)
         if reached is None or reached.part == TRAINING:
             reader.write(TRAINING, training, reached)
@@ -130,8 +141,15 @@ class _Reader:
                 continue
             after = reached.line if reached is not None and index == reached.file else 0
             for line, done in self._work(uri, path, source, counts, after):
-                for sample, documents, digest in done.good:
-                    writer.add_sample(documents, file=index, line=sample, copies=source.copies, digest=digest)
+                for good in done.good:
+                    writer.add_sample(
+                        good.documents,
+                        file=index,
+                        line=good.line,
+                        copies=source.copies,
+                        digest=good.digest,
+                        address=good.address,
+                    )
                 self._save(writer, replace(reached or place, file=index, line=line))
         if self._found.read == read and problems.broken == broken and reached is None:
             seen = f"holds no {', '.join(ENDINGS)} file" if source.path.is_dir() else "holds no sample"

@@ -12,6 +12,8 @@ opening costs nothing and any number of processes share the pages:
     digests.u64  one entry for each document: of the whole sample that it is of, so that equal samples are seen
     files.i32    one entry for each document: index into files.json, the source it came from
     lines.i32    one entry for each document: line in that source, from 1
+    addresses.u64  one entry for each document: of the content that its sample was made of (earlier.py), 0 where it was cut
+    checks.u64   one entry for each document: the other 64 bits of it
     files.json   addresses of the sources
 
 A data set's `weight` repeats a sample's entries, not ids. The two documents of a pair (objective DPO) lie side by side, the
@@ -47,6 +49,8 @@ _COLUMNS: Final = {
     "digests": ("digests.u64", "<u8"),
     "files": ("files.i32", "<i4"),
     "lines": ("lines.i32", "<i4"),
+    "addresses": ("addresses.u64", "<u8"),
+    "checks": ("checks.u64", "<u8"),
 }
 _TOKENS: Final = ("ids", "weights")
 _INDEX: Final = tuple(name for name in _COLUMNS if name not in _TOKENS)
@@ -124,7 +128,7 @@ class Documents:
     @classmethod
     def open(cls, folder: Path) -> Self:
         """Maps the files of a part. Raises FileNotFoundError if one is missing."""
-        columns = {name: _map(folder / file, dtype) for name, (file, dtype) in _COLUMNS.items()}
+        columns = {name: mapped(folder / file, dtype) for name, (file, dtype) in _COLUMNS.items()}
         return cls(columns, json.loads((folder / _SOURCES).read_text()))
 
     def __len__(self) -> int:
@@ -170,7 +174,8 @@ class Documents:
         return int(self.targets.sum(dtype=np.int64))
 
 
-def _map(path: Path, dtype: str) -> NDArray[Any]:
+def mapped(path: Path, dtype: str) -> NDArray[Any]:
+    """A flat array, page by page as it is read."""
     # An empty file cannot be mapped.
     if path.stat().st_size == 0:
         return np.empty(0, dtype)
@@ -204,14 +209,23 @@ class DocumentWriter:
         """A sample of one document."""
         self.add_sample([Encoded.of(ids, weights)], file=file, line=line)
 
-    def add_sample(self, documents: Sequence[Encoded], *, file: int, line: int, copies: int = 1, digest: int = 0) -> None:
-        """All of that `copies` times. `digest`: 64 bits of the sample."""
+    def add_sample(
+        self,
+        documents: Sequence[Encoded],
+        *,
+        file: int,
+        line: int,
+        copies: int = 1,
+        digest: int = 0,
+        address: tuple[int, int] = (0, 0),
+    ) -> None:
+        """All of that `copies` times. `digest`: 64 bits of the sample; `address`: of the content that it was made of."""
         entries = []
         for document in documents:
             if self._keep_tokens:
                 self._files["ids"].write(document.ids.tobytes())
                 self._files["weights"].write(document.weights.tobytes())
-            entries.append((len(document), int(np.count_nonzero(document.weights)), digest, file, line))
+            entries.append((len(document), int(np.count_nonzero(document.weights)), digest, file, line, *address))
         self._enter(entries, copies)
 
     def copy(self, documents: Documents, index: int) -> None:

@@ -11,11 +11,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, NamedTuple, TypeAlias
 
 from tuneward_api.objective import PAIRS, ObjectiveType
 from tuneward_trainer.data import fit, formats, pairs
 from tuneward_trainer.data.documents import Encoded
+from tuneward_trainer.data.earlier import NOWHERE, Address, Addresses, Earlier
 from tuneward_trainer.data.encode import SampleEncoder
 from tuneward_trainer.data.files import data_files, parse, read
 from tuneward_trainer.data.problems import SampleError
@@ -80,12 +81,21 @@ class Batch:
     fields: Mapping[str, str]
 
 
+class Good(NamedTuple):
+    """The documents of the sample in a line; `digest`: of their tokens; `address`: of what stands there."""
+
+    line: int
+    documents: list[Encoded]
+    digest: int
+    address: Address
+
+
 @dataclass
 class Done:
-    """What became of a batch: `good` is (line, documents, digest of the whole sample), `bad` (line, what is wrong),
-    `fates` (line, what was done with a sample that was too long)."""
+    """What became of a batch: the samples that are `good`, `bad` (line, what is wrong), `fates` (line, what was done with a
+    sample that was too long)."""
 
-    good: list[tuple[int, list[Encoded], int]] = field(default_factory=list)
+    good: list[Good] = field(default_factory=list)
     bad: list[tuple[int, SampleError]] = field(default_factory=list)
     ignored: Counter[str] = field(default_factory=Counter)
     longest: int = 0
@@ -115,33 +125,38 @@ def batches(path: Path, form: formats.Format | None, fields: Mapping[str, str], 
 
 
 class Worker:
-    """Reads, renders and tokenizes one batch after the other."""
+    """Reads, renders and tokenizes one batch after the other; what `earlier` caches hold is read only."""
 
-    def __init__(self, encoder: SampleEncoder, limits: Limits) -> None:
+    def __init__(self, encoder: SampleEncoder, limits: Limits, earlier: Earlier | None = None) -> None:
         self._encoder = encoder
         self._limits = limits
+        self._earlier = earlier or Earlier()
 
     def __call__(self, batch: Batch) -> Done:
         done = Done()
         samples = list(self._samples(batch, done))
-        encoded = iter(self._encoder.encode([side for _, _, sample in samples for side in pairs.sides(sample)]))
-        for line, form, sample in samples:
-            found = [next(encoded) for _ in pairs.sides(sample)]
+        known = [self._earlier.find(address, self._limits.longest) for *_, address in samples]
+        new = [sample for (_, _, sample, _), found in zip(samples, known, strict=True) if found is None]
+        encoded = iter(self._encoder.encode([side for sample in new for side in pairs.sides(sample)]))
+        for (line, form, sample, address), documents in zip(samples, known, strict=True):
             try:
-                if documents := self._fit(line, pairs.joined(sample, found), form, done):
-                    done.good.append((line, documents, _digest(documents)))
+                made = documents or pairs.joined(sample, [next(encoded) for _ in pairs.sides(sample)])
+                if fitted := self._fit(line, made, form, done):
+                    whole = len(fitted) == len(made) and all(one is other for one, other in zip(fitted, made, strict=True))
+                    done.good.append(Good(line, fitted, _digest(fitted), address if whole else NOWHERE))
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
         return done
 
-    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Format, pairs.Sample]]:
+    def _samples(self, batch: Batch, done: Done) -> Iterator[tuple[int, formats.Format, pairs.Sample, Address]]:
+        addresses = Addresses(batch.format, batch.fields)
         for line, content in batch.records:
             try:
                 value = formats.renamed(parse(content), batch.fields)
                 form = batch.format or formats.detect(value)
                 fit.check_format(form, self._limits.objective)
                 done.ignored.update(formats.ignored(value, form))
-                yield line, form, pairs.read(value, form)
+                yield line, form, pairs.read(value, form), addresses.of(content)
             except SampleError as error:
                 done.bad.append((line, error.called(_inverse(batch.fields), first=True)))
 

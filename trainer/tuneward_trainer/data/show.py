@@ -40,7 +40,7 @@ def first_samples(source: Source, worker: Worker, tokenizer: Decoder, count: int
     for uri, path in source.files() if count else ():
         try:
             for record in read(path):
-                for line, documents, _ in worker(Batch([record], form, source.fields)).good:
+                for line, documents, *_ in worker(Batch([record], form, source.fields)).good:
                     yield Shown(uri, line, documents, [pieces(tokenizer, one.ids.tolist()) for one in documents])
                     found += 1
                 if found >= count:
