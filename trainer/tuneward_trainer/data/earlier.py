@@ -51,14 +51,8 @@ class Earlier:
         self._folders = tuple(folders)
         self._parts: list[_Part] | None = None
 
-    def __getstate__(self) -> tuple[Path, ...]:
-        return self._folders
-
-    def __setstate__(self, folders: tuple[Path, ...]) -> None:
-        self.__init__(folders)  # type: ignore[misc]
-
-    def __bool__(self) -> bool:
-        return bool(self._folders)
+    def __reduce__(self) -> tuple[type[Earlier], tuple[tuple[Path, ...]]]:
+        return Earlier, (self._folders,)
 
     def find(self, address: Address, longest: int) -> list[Encoded] | None:
         """The documents of a sample, if none has more than `longest` tokens."""

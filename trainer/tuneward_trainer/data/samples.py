@@ -130,7 +130,7 @@ class Worker:
     def __init__(self, encoder: SampleEncoder, limits: Limits, earlier: Earlier | None = None) -> None:
         self._encoder = encoder
         self._limits = limits
-        self._earlier = earlier or Earlier()
+        self._earlier = earlier if earlier is not None else Earlier()
 
     def __call__(self, batch: Batch) -> Done:
         done = Done()
